@@ -1,0 +1,36 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Causal Grassmann models for Transformers. Importing this package registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .cache_grassmann import PluckerCacheLayer
+from .configuration_grassmann import GrassmannConfig
+from .modeling_grassmann import (
+    GrassmannForCausalLM,
+    GrassmannForSequenceClassification,
+    GrassmannModel,
+    GrassmannPreTrainedModel,
+)
+from .plucker import PluckerMixer, PluckerProjection, plucker_features, wedge
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("grassmann", GrassmannConfig)
+AutoModel.register(GrassmannConfig, GrassmannModel)
+AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM)
+AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification)
+
+__all__ = [
+    "GrassmannConfig",
+    "GrassmannForCausalLM",
+    "GrassmannForSequenceClassification",
+    "GrassmannModel",
+    "GrassmannPreTrainedModel",
+    "PluckerCacheLayer",
+    "PluckerMixer",
+    "PluckerProjection",
+    "plucker_features",
+    "wedge",
+]

@@ -1,0 +1,172 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of Causal Grassmann models."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# The paper's six offsets; a model with N layers gives each of them to about N / 6 neighbouring layers.
+PAPER_OFFSETS = (1, 2, 4, 8, 12, 16)
+
+
+@strict
+class GrassmannConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Causal Grassmann model (arXiv 2512.19428). The defaults are the paper's 6-layer model with the
+    BERT vocabulary, read so that each layer looks at one offset: a layer that averages over all offsets cannot tell
+    from which of them a past token came.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30522):
+            Number of tokens in the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 256):
+            Dimension `d` of the hidden states.
+        num_hidden_layers (`int`, *optional*, defaults to 6):
+            Number of blocks.
+        intermediate_size (`int`, *optional*, defaults to 1024):
+            Dimension of the feed-forward network.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the feed-forward network.
+        reduced_size (`int`, *optional*, defaults to 32):
+            Dimension `r`, at least 2, of the reduced vectors that span the planes.
+        offsets (`list[int]` or `list[list[int]]`, *optional*):
+            Distances Δ, each at least 1, at which tokens are paired. A flat list is given to every layer; a nested one
+            holds one list per layer. By default each layer has one offset, taken in order from 1, 2, 4, 8, 12, 16.
+        norm_placement (`str`, *optional*, defaults to `"post"`):
+            `"post"` (the paper): `x = Drop(LN(mix(h)))`, `out = LN(x + FFN(x))`.
+            `"pre"`: `x = h + Drop(LN(mix(LN(h))))`, `out = x + FFN(LN(x))`.
+        max_position_embeddings (`int`, *optional*, defaults to 256):
+            Size of the learned position table; `None` for a model without positions.
+        num_plucker_heads (`int`, *optional*, defaults to 1):
+            Independent sets of planes per layer, each of size `reduced_size`.
+        learned_offset_weights (`bool`, *optional*, defaults to `False`):
+            Whether each head weighs its offsets by learned factors inside the average.
+        separate_past_projection (`bool`, *optional*, defaults to `False`):
+            Whether the past token of a pair is reduced by a projection of its own.
+        mixer_out_proj (`bool`, *optional*, defaults to `False`):
+            Whether the mixer applies a linear map between its gate and its LayerNorm.
+        plucker_eps (`float`, *optional*, defaults to 1e-3):
+            Sine of the angle up to which two vectors count as parallel and span no plane; 1e-6 suits float64.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the LayerNorms.
+        hidden_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the mixer's output and inside the feed-forward network.
+        embedding_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the embeddings.
+        is_causal (`bool`, *optional*, defaults to `True`):
+            `False` lets each offset look ahead as well, for encoders.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the language-model head shares the embedding matrix.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its decoding state.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Id of the padding token; needed to classify batches.
+        bos_token_id (`int`, *optional*):
+            Id of the beginning-of-sequence token.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Id of the end-of-sequence token.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: for an impossible value; the message names the field.
+
+    Example:
+
+    ```python
+    >>> from modeling_grassmann import GrassmannConfig, GrassmannModel
+
+    >>> configuration = GrassmannConfig(num_hidden_layers=12)
+    >>> configuration.layer_offsets
+    [[1], [1], [2], [2], [4], [4], [8], [8], [12], [12], [16], [16]]
+    >>> model = GrassmannModel(configuration)
+    ```
+    """
+
+    model_type = "grassmann"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    reduced_size: int = 32
+    offsets: list[int] | list[list[int]] | None = None
+    norm_placement: str = "post"
+    max_position_embeddings: int | None = 256
+    num_plucker_heads: int = 1
+    learned_offset_weights: bool = False
+    separate_past_projection: bool = False
+    mixer_out_proj: bool = False
+    plucker_eps: float = 1e-3
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float | int = 0.1
+    embedding_dropout: float | int = 0.1
+    is_causal: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.offsets is None:
+            per_layer = (i * len(PAPER_OFFSETS) // self.num_hidden_layers for i in range(self.num_hidden_layers))
+            self.offsets = [[PAPER_OFFSETS[index]] for index in per_layer]
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_offsets(self) -> list[list[int]]:
+        """Offsets of each layer."""
+        if isinstance(self.offsets[0], list):
+            return self.offsets
+        return [self.offsets] * self.num_hidden_layers
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps while decoding; Transformers' caches are built from it."""
+        return ["plucker"] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """`layer_types` follows from the other fields, and names a state that Transformers itself does not know."""
+
+    def validate_sizes(self):
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_plucker_heads"]
+        if self.max_position_embeddings is not None:
+            sizes.append("max_position_embeddings")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.reduced_size < 2:
+            raise ValueError(
+                f"`reduced_size` must be at least 2, since a plane needs two dimensions, got {self.reduced_size}."
+            )
+
+    def validate_offsets(self):
+        nested = bool(self.offsets) and isinstance(self.offsets[0], list)
+        if nested and len(self.offsets) != self.num_hidden_layers:
+            raise ValueError(
+                f"`offsets` must hold one list per layer ({self.num_hidden_layers}, from `num_hidden_layers`), or be "
+                f"one flat list for all of them, got {len(self.offsets)} lists: {self.offsets}."
+            )
+        for offsets in self.offsets if nested else [self.offsets]:
+            if not offsets or min(offsets) < 1:
+                raise ValueError(f"`offsets` must be non-empty lists of integers from 1, got {self.offsets}.")
+
+    def validate_choices(self):
+        if self.norm_placement not in ("post", "pre"):
+            raise ValueError(f'`norm_placement` must be "post" or "pre", got {self.norm_placement!r}.')
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+
+    def validate_ranges(self):
+        for name in ("hidden_dropout", "embedding_dropout", "plucker_eps"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and less than 1, got {getattr(self, name)}.")
+
+
+__all__ = ["GrassmannConfig"]

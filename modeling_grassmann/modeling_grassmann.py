@@ -1,0 +1,307 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Causal Grassmann models: sequence models without attention (arXiv 2512.19428)."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers the decoding state with Transformers' caches)
+from .configuration_grassmann import GrassmannConfig
+from .plucker import NO_POSITION, PluckerMixer, PluckerProjection
+
+
+class GrassmannMLP(nn.Module):
+    def __init__(self, config: GrassmannConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.act_fn(self.up_proj(hidden_states)))
+        return self.dropout(self.down_proj(hidden_states))
+
+
+class GrassmannBlock(GradientCheckpointingLayer):
+    def __init__(self, config: GrassmannConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_placement == "pre"
+        self.mixer = PluckerMixer(
+            config.hidden_size,
+            config.reduced_size,
+            config.layer_offsets[layer_idx],
+            is_causal=config.is_causal,
+            num_heads=config.num_plucker_heads,
+            learned_offset_weights=config.learned_offset_weights,
+            separate_past_projection=config.separate_past_projection,
+            out_proj=config.mixer_out_proj,
+            plucker_eps=config.plucker_eps,
+            layer_norm_eps=config.layer_norm_eps,
+            layer_idx=layer_idx,
+        )
+        self.mlp = GrassmannMLP(config)
+        if self.pre_norm:
+            self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        if self.pre_norm:
+            mixed = self.mixer(self.mixer_norm(hidden_states), positions, past_key_values)
+            hidden_states = hidden_states + self.dropout(mixed)
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        # The gate itself carries the hidden states over: the paper adds no residual around the mixer.
+        hidden_states = self.dropout(self.mixer(hidden_states, positions, past_key_values))
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+
+
+@auto_docstring
+class GrassmannPreTrainedModel(PreTrainedModel):
+    config: GrassmannConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GrassmannBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GrassmannBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PluckerProjection):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+            if module.offset_weights is not None:
+                init.ones_(module.offset_weights)
+
+
+@auto_docstring
+class GrassmannModel(GrassmannPreTrainedModel):
+    def __init__(self, config: GrassmannConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.max_position_embeddings is not None:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            [GrassmannBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    def check_length(self, length: int) -> None:
+        """
+        Raises:
+            ValueError: if the position table is shorter than `length` tokens.
+        """
+        if self.embed_positions is not None and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"A sequence of {length} tokens is longer than the position table: `max_position_embeddings` is "
+                f"{self.config.max_position_embeddings}. Shorten the sequence, or use a model with a larger table or "
+                "with `max_position_embeddings=None`."
+            )
+
+    def derive_position_ids(
+        self, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, length: int, device: torch.device
+    ) -> torch.Tensor:
+        """Position of each of the last `length` tokens among the real tokens of its row: `(B, T)` or `(1, T)`."""
+        if attention_mask is None:
+            self.check_length(length)
+            return torch.arange(length, device=device)[None] + past_length
+        self.check_length(attention_mask.shape[1])
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        # A mask over the new tokens alone counts on from the tokens already seen.
+        return position_ids + past_length if attention_mask.shape[1] == length else position_ids
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                "`attention_mask` must have shape (batch, length), with 0 for padding: there is no attention matrix "
+                f"to mask. Got shape {tuple(attention_mask.shape)}."
+            )
+        if past_key_values is not None and not self.config.is_causal:
+            raise ValueError("`past_key_values` needs `is_causal=True`: a token here also depends on those after it.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+
+        if use_cache and past_key_values is None and self.config.is_causal:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = self.derive_position_ids(attention_mask, past_length, length, inputs_embeds.device)
+
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        hidden_states = self.dropout(hidden_states)
+
+        positions = position_ids.expand(batch_size, length)
+        if attention_mask is not None:
+            positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, positions, past_key_values=past_key_values, **kwargs)
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+@auto_docstring
+class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GrassmannConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError("`is_causal` must be True in a causal language model, got False.")
+        self.model = GrassmannModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **kwargs):
+        """The mask of the new tokens: the decoding state knows the old ones, and the shape stays the same per step."""
+        return attention_mask if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        self.model.check_length(input_ids.shape[1])
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, -100 where there is no loss. They are shifted inside the model.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM
+
+        >>> model = GrassmannForCausalLM(GrassmannConfig())
+        >>> model(torch.tensor([[7592, 2088]])).logits.shape
+        torch.Size([1, 2, 30522])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring
+class GrassmannForSequenceClassification(GenericForSequenceClassification, GrassmannPreTrainedModel):
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        batch_size = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        if self.config.pad_token_id is None and batch_size > 1:
+            raise ValueError(
+                f"`pad_token_id` must be a token id to classify a batch of {batch_size} rows, got None: without it, "
+                "the last token of each row cannot be told from padding. Set `model.config.pad_token_id`."
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+__all__ = [
+    "GrassmannForCausalLM",
+    "GrassmannForSequenceClassification",
+    "GrassmannModel",
+    "GrassmannPreTrainedModel",
+]
