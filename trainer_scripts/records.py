@@ -1,0 +1,69 @@
+"""Facts about a run that `metrics.json` records beside the metrics themselves."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from transformers import TrainingArguments
+
+
+def environment(args: TrainingArguments) -> dict[str, Any]:
+    """Versions, device and commit of a run, for `metrics.json`."""
+    if args.device.type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    else:
+        device = platform.processor() or platform.machine()
+    return {
+        "seed": args.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "modeling_grassmann": _package_version(),
+        },
+        "device": f"{args.world_size} x {device}",
+        "git_commit": git_commit(),
+    }
+
+
+def _package_version() -> str | None:
+    try:
+        return importlib.metadata.version("modeling-grassmann")
+    except importlib.metadata.PackageNotFoundError:
+        # The folder may be on the path without being installed.
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that holds this file, with `-dirty` after it if files differ; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def mean_logged_loss(log_history: list[dict[str, float]]) -> float | None:
+    """Mean of the logged training losses over the steps of the whole run; None if no loss was logged.
+
+    The Trainer's own `train_loss` leaves out the steps before a run was resumed.
+    """
+    total, last_step = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last_step)
+            last_step = entry["step"]
+    return total / last_step if last_step else None
+
+
+def best_epoch(log_history: list[dict[str, float]]) -> float | None:
+    """Epoch of the lowest validation perplexity that was logged; None if there was no evaluation."""
+    evaluations = [entry for entry in log_history if "eval_perplexity" in entry]
+    return min(evaluations, key=lambda entry: entry["eval_perplexity"])["epoch"] if evaluations else None
