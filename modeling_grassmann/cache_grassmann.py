@@ -109,6 +109,8 @@ class PluckerCacheLayer(CacheLayerMixin):
         self.cumulative_length -= removed
 
     def reset(self) -> None:
+        if self.is_initialized and self.keys.shape[1] > self.window:
+            self.keys, self.values = self.keys[:, -self.window :], self.values[:, -self.window :]
         super().reset()
         if self.is_initialized:
             self.values.fill_(NO_POSITION)

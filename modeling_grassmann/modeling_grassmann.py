@@ -127,6 +127,20 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 "with `max_position_embeddings=None`."
             )
 
+    def check_cache(self, past_key_values: Cache) -> None:
+        """
+        Raises:
+            ValueError: if the model cannot decode with this state.
+        """
+        if not self.config.is_causal:
+            raise ValueError("`past_key_values` needs `is_causal=True`: a token here also depends on those after it.")
+        layer_types = [getattr(layer, "_layer_type", None) for layer in past_key_values.layers]
+        if layer_types != self.config.layer_types:
+            raise ValueError(
+                f"`past_key_values` must hold {len(self.layers)} layers of this model's kind, got {past_key_values}. "
+                "Make it from the model's configuration, as in `DynamicCache(config=model.config)`."
+            )
+
     def derive_position_ids(
         self, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, length: int, device: torch.device
     ) -> torch.Tensor:
@@ -159,8 +173,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 "`attention_mask` must have shape (batch, length), with 0 for padding: there is no attention matrix "
                 f"to mask. Got shape {tuple(attention_mask.shape)}."
             )
-        if past_key_values is not None and not self.config.is_causal:
-            raise ValueError("`past_key_values` needs `is_causal=True`: a token here also depends on those after it.")
+        if past_key_values is not None:
+            self.check_cache(past_key_values)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

@@ -153,7 +153,7 @@ def plucker_features(
     backend: str = "torch",
 ) -> torch.Tensor:
     r"""
-    Projected Plücker coordinates of each token's planes, averaged over its offsets (arXiv 2512.19428, section 3):
+    Projected Plücker coordinates of each token's planes, averaged over its offsets (arXiv 2512.19428):
     :math:`g_t = \mathrm{mean}_{\Delta}\,(W \hat p^\Delta_t + b)` over the offsets at which the token has a pair, and
     exactly zero, without bias, where it has none.
 
@@ -262,7 +262,7 @@ class PluckerProjection(nn.Module):
 
 class PluckerMixer(nn.Module):
     r"""
-    The paper's mixing layer (arXiv 2512.19428, section 3), usable on its own:
+    The paper's mixing layer (arXiv 2512.19428), usable on its own:
 
     .. math:: z = W_{red} h + b, \quad \alpha = \sigma(W_{gate} [h; g] + b), \quad
               \mathrm{LayerNorm}(\alpha h + (1 - \alpha) g)
