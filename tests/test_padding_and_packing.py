@@ -1,0 +1,180 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A batch gives, row by row, what each row gives alone, however its rows are laid out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DataCollatorWithFlattening
+
+from modeling_grassmann import GrassmannForSequenceClassification, GrassmannModel
+
+
+# The shortest row is shorter than most offsets, the longest has room for all of them.
+LENGTHS = (1, 3, 20, 7)
+SIDES = ("left", "right")
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def make_rows(lengths, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 100, (length,), generator=generator) for length in lengths]
+
+
+def pad(rows, side, fill=0, mask_dtype=torch.long, extra=0):
+    """Padded ids and mask; `fill` is the padding id, or a function that draws ids."""
+    width = max(map(len, rows)) + extra
+    ids = torch.full((len(rows), width), fill) if isinstance(fill, int) else fill(len(rows), width)
+    mask = torch.zeros(len(rows), width, dtype=mask_dtype)
+    for index, row in enumerate(rows):
+        real = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[index, real], mask[index, real] = row, 1
+    return ids, mask
+
+
+def pack(rows):
+    """One row that holds all of them, with positions that start anew."""
+    return torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_hidden_states_of_padded_rows_are_those_of_each_row_alone(side, mask_dtype, is_causal, make_model, flavour):
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, mask = pad(rows, side, mask_dtype=mask_dtype, extra=2)
+    hidden_states = model(ids, attention_mask=mask).last_hidden_state
+    for row, states, real in zip(rows, hidden_states, mask.bool(), strict=True):
+        assert_equal(states[real], model(row[None]).last_hidden_state[0])
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_hidden_states_of_packed_rows_are_those_of_each_row_alone(is_causal, make_model, flavour):
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, position_ids = pack(rows)
+    hidden_states = model(ids, position_ids=position_ids).last_hidden_state[0]
+    for row, states in zip(rows, hidden_states.split(LENGTHS), strict=True):
+        assert_equal(states, model(row[None]).last_hidden_state[0])
+
+
+def test_packed_rows_may_be_padded_too(make_model, flavour):
+    model, rows = make_model(GrassmannModel, **flavour), make_rows(LENGTHS)
+    ids, position_ids = pack(rows)
+    ids, position_ids = (torch.nn.functional.pad(tensor, (3, 4)) for tensor in (ids, position_ids))
+    mask = torch.nn.functional.pad(torch.ones(1, sum(LENGTHS), dtype=torch.long), (3, 4))
+    hidden_states = model(ids, attention_mask=mask, position_ids=position_ids).last_hidden_state[0, 3:-4]
+    for row, states in zip(rows, hidden_states.split(LENGTHS), strict=True):
+        assert_equal(states, model(row[None]).last_hidden_state[0])
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("side", SIDES)
+def test_padding_forms_no_pair_even_where_given_positions_run_on_through_it(side, is_causal, make_model, flavour):
+    # Positions that are derived from the mask stand still in padding, and so would not show a missing mask.
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, mask = pad(rows, side, fill=lambda *shape: torch.randint(0, 100, shape), extra=2)
+    position_ids = torch.arange(ids.shape[1])[None]
+    hidden_states = model(ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+    for row, states, real in zip(rows, hidden_states, mask.bool(), strict=True):
+        alone = model(row[None], position_ids=position_ids[:, real]).last_hidden_state[0]
+        assert_equal(states[real], alone)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_packed_row_may_begin_inside_a_sequence(is_causal, make_model, flavour):
+    # The positions at its two ends fit together, but its ends are no neighbours.
+    model, ids = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows([18])[0][None]
+    position_ids = torch.cat([torch.arange(9, 18), torch.arange(9)])[None]
+    hidden_states = model(ids, position_ids=position_ids).last_hidden_state
+    for piece in (slice(9), slice(9, 18)):
+        alone = model(ids[:, piece], position_ids=position_ids[:, piece]).last_hidden_state
+        assert_equal(hidden_states[:, piece], alone)
+
+
+def logits_and_loss_alone(model, rows):
+    """Logits of each row by itself, and the mean loss over all their predicted tokens."""
+    logits = [model(row[None]).logits[0] for row in rows]
+    terms = [
+        torch.nn.functional.cross_entropy(row_logits[:-1], row[1:], reduction="none")
+        for row_logits, row in zip(logits, rows, strict=True)
+    ]
+    return logits, torch.cat(terms).mean()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_language_model_logits_and_loss_of_padded_rows_are_those_of_each_row_alone(side, make_model, flavour):
+    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    ids, mask = pad(rows, side)
+    # On the left, the first real token of a row would otherwise be predicted from padding.
+    first = mask.cumsum(1) == 1
+    labels = ids.masked_fill((mask == 0) | first, -100)
+    output = model(ids, attention_mask=mask, labels=labels)
+    logits, loss = logits_and_loss_alone(model, rows)
+    for actual, expected, real in zip(output.logits, logits, mask.bool(), strict=True):
+        assert_equal(actual[real], expected)
+    assert_equal(output.loss, loss)
+
+
+def test_language_model_logits_and_loss_of_a_flattened_batch_are_those_of_each_row_alone(make_model, flavour):
+    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    batch = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
+    assert batch["input_ids"].shape == (1, sum(LENGTHS))
+    output = model(**batch)
+    logits, loss = logits_and_loss_alone(model, rows)
+    assert_equal(output.logits[0], torch.cat(logits))
+    assert_equal(output.loss, loss)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("side", SIDES)
+def test_class_logits_of_padded_rows_are_those_of_each_row_alone(side, is_causal, make_model, flavour):
+    model = make_model(GrassmannForSequenceClassification, num_labels=3, is_causal=is_causal, **flavour)
+    rows = make_rows(LENGTHS)
+    ids, mask = pad(rows, side, extra=2)
+    logits = model(ids, attention_mask=mask).logits
+    assert_equal(logits, torch.cat([model(row[None]).logits for row in rows]))
+    # Otherwise a head that ignores its input would pass.
+    assert logits.std(0).min() > 0.01
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("side", SIDES)
+def test_the_content_of_padding_does_not_matter(side, is_causal, make_model, flavour):
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, mask = pad(rows, side, extra=3)
+    noise, _ = pad(rows, side, fill=lambda *shape: torch.randint(0, 100, shape), extra=3)
+    assert not torch.equal(ids, noise)
+    real = mask.bool()
+    expected = model(ids, attention_mask=mask).last_hidden_state[real]
+    assert torch.equal(model(noise, attention_mask=mask).last_hidden_state[real], expected)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    offsets=st.one_of(
+        st.lists(st.integers(1, 9), min_size=1, max_size=3),
+        st.tuples(*[st.lists(st.integers(1, 9), min_size=1, max_size=3)] * 2).map(list),
+    ),
+    layout=st.sampled_from(["left", "right", "packed"]),
+    extra=st.integers(0, 5),
+    is_causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_layout_of_any_rows_gives_what_each_row_gives_alone(
+    make_model, lengths, offsets, layout, extra, is_causal, seed
+):
+    model = make_model(GrassmannModel, num_hidden_layers=2, offsets=offsets, is_causal=is_causal, seed=seed)
+    rows = make_rows(lengths, seed)
+    expected = torch.cat([model(row[None]).last_hidden_state[0] for row in rows])
+    if layout == "packed":
+        ids, position_ids = pack(rows)
+        actual = model(ids, position_ids=position_ids).last_hidden_state[0]
+    else:
+        ids, mask = pad(rows, layout, fill=lambda *shape: torch.randint(0, 100, shape), extra=extra)
+        actual = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    assert_equal(actual, expected)
