@@ -53,10 +53,8 @@ def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def closest(name: object, allowed: Iterable[str]) -> str:
-    """End of an error message about an unknown `name`: the allowed names closest to it, or all when none is close."""
-    allowed = sorted(allowed)
-    matches = difflib.get_close_matches(str(name), allowed, n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else f"the allowed names are {', '.join(allowed)}"
+    """End of an error message about an unknown `name`: the allowed names closest to it."""
+    return f"did you mean {' or '.join(difflib.get_close_matches(str(name), sorted(allowed), n=3, cutoff=0))}?"
 
 
 def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -72,16 +70,15 @@ def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tup
         UserError: if the recipe is missing or not a mapping, a name is unknown, or a value has the wrong type.
     """
     parser, hints, flags = _prepare(dataclass_types, argv)
-    try:
-        *instances, unknown = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+    # First of all, as a misspelled name is often the reason why another one seems to be missing.
+    unknown = parser.parse_known_args(flags)[1]
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-")
         raise UserError(f"unknown argument {unknown[0]}: {closest(name, hints)}")
-    return tuple(instances)
+    try:
+        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def resolve(dataclass_types: Iterable[type], argv: list[str] | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The embedded corpus: documentation text of the Python standard library of the running interpreter.
 
-Docstrings and comments of the library's modules are plain English about programming and come with Python, so a model
-can be trained with no download. Texts, their order and the split depend only on the interpreter's version.
+Docstrings and comment lines of the library's modules are plain English about programming and come with Python, so a
+model can be trained with no download. Texts, their order and the split depend only on the interpreter's version.
 """
 
 import ast
@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# Besides other people's packages and the tests: the codecs, which are a hundred copies of the same sentences.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 _NOT_PROSE = re.compile(r"#!|#.*coding[:=]\s*[-\w.]+|[\W_]*$")
 
 
@@ -37,8 +38,11 @@ def load_stdlib_docs() -> DatasetDict:
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = {"train": [], "validation": []}
+    seen = set()
     for name in sorted(path.relative_to(root) for path in root.rglob("*.py")):
-        if _SKIPPED_FOLDERS.isdisjoint(name.parts) and (text := documentation(root / name)):
+        if _SKIPPED_FOLDERS.isdisjoint(name.parts) and (text := documentation(root / name)) and text not in seen:
+            # A text in both splits would be a question with its answer.
+            seen.add(text)
             documents[split_of(name.as_posix())].append(text)
     if not all(documents.values()):
         raise UserError(
@@ -54,7 +58,7 @@ def split_of(name: str) -> str:
 
 
 def documentation(path: Path) -> str:
-    """Docstrings and blocks of comments of a source file in the order of its lines, separated by empty lines.
+    """Docstrings and comment lines of a source file in the order of its lines, separated by empty lines.
 
     Empty where there are none, and for a file that is not valid Python, such as a template.
     """
@@ -77,7 +81,9 @@ def documentation(path: Path) -> str:
 
     last_line = None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT or _NOT_PROSE.match(token.string):
+        # Remarks behind code, such as those of the codecs' tables, say nothing without it.
+        behind_code = token.line[: token.start[1]].strip()
+        if token.type != tokenize.COMMENT or behind_code or _NOT_PROSE.match(token.string):
             continue
         line, text = token.start[0], token.string.lstrip("#").removeprefix(" ").rstrip()
         if last_line is not None and line == last_line + 1:

@@ -10,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from arguments import UserError, exits_on_user_error, parse
 from bigram import bigram_perplexity
 from run_clm import ARGUMENTS
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     if "eval_perplexity" not in metrics:
         raise UserError(f"{folder}/metrics.json has no eval_perplexity: train with do_eval")
 
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     _, data_args, _ = parse(ARGUMENTS, [str(folder / "recipe.yaml")])

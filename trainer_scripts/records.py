@@ -1,6 +1,5 @@
 """Facts about a run that `metrics.json` records beside the metrics themselves."""
 
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -10,6 +9,8 @@ import accelerate
 import torch
 import transformers
 from transformers import TrainingArguments
+
+import modeling_grassmann
 
 
 def environment(args: TrainingArguments) -> dict[str, Any]:
@@ -25,19 +26,11 @@ def environment(args: TrainingArguments) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
-            "modeling_grassmann": _package_version(),
+            "modeling_grassmann": modeling_grassmann.__version__,
         },
         "device": f"{args.world_size} x {device}",
         "git_commit": git_commit(),
     }
-
-
-def _package_version() -> str | None:
-    try:
-        return importlib.metadata.version("modeling-grassmann")
-    except importlib.metadata.PackageNotFoundError:
-        # The folder may be on the path without being installed.
-        return None
 
 
 def git_commit() -> str | None:
@@ -51,10 +44,7 @@ def git_commit() -> str | None:
 
 
 def mean_logged_loss(log_history: list[dict[str, float]]) -> float | None:
-    """Mean of the logged training losses over the steps of the whole run; None if no loss was logged.
-
-    The Trainer's own `train_loss` leaves out the steps before a run was resumed.
-    """
+    """Mean of the logged training losses over the steps of a whole run, resumed or not; None if none was logged."""
     total, last_step = 0.0, 0
     for entry in log_history:
         if "loss" in entry:

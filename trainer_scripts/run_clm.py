@@ -118,10 +118,11 @@ def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pre
     """
     try:
         if args.model_type:
-            config = AutoConfig.for_model(args.model_type)
+            config, values = AutoConfig.for_model(args.model_type), {}
         else:
             name = args.config_name or args.model_name_or_path
             config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            values, _ = config.get_config_dict(name)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot load the configuration: {error}") from error
 
@@ -134,10 +135,9 @@ def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pre
         overrides = {"vocab_size": len(tokenizer)}
         overrides.update({name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
         overrides.update({config.attribute_map.get(key, key): value for key, value in given.items()})
-        # A type's defaults may depend on each other, so they are derived anew; those of a file stand as they are.
-        values = overrides if args.model_type else {**config.to_dict(), **overrides}
         try:
-            config = type(config).from_dict(values)
+            # From what is given alone, as defaults may depend on it: the offsets on the number of layers.
+            config = type(config).from_dict({**values, **overrides})
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise UserError(f"config_overrides {given} do not fit {config.model_type}: {error}") from error
 
@@ -279,7 +279,12 @@ def main(argv: list[str] | None = None) -> None:
         metrics = trainer.train(resume_from_checkpoint=resumed).metrics
         trainer.save_model()
         trainer.save_state()
-        metrics["train_loss"] = mean_logged_loss(trainer.state.log_history) or metrics["train_loss"]
+        if resumed:
+            # The Trainer relates the losses and samples since the resume to steps and time of different runs.
+            for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+                del metrics[name]
+            if (loss := mean_logged_loss(trainer.state.log_history)) is not None:
+                metrics["train_loss"] = loss
         results["best_epoch"] = best_epoch(trainer.state.log_history)
         results.update(report(trainer, "train", metrics))
     if training_args.do_eval:

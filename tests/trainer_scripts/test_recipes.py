@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import run_clm
+import torch
+import yaml
+from arguments import parse
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+REPOSITORY = Path(__file__).parents[2]
+WIKITEXT = sorted((REPOSITORY / "configuration/wikitext2").glob("*.yaml"))
+RECIPES = [*WIKITEXT, REPOSITORY / "configuration/quickstart/stdlib_docs.yaml"]
+BASELINES = {"gpt2": 12.6e6, "gpt-neox": 12.6e6, "stablelm": 12.6e6}
+
+
+class BertVocabulary:
+    """What `load_config` asks of a tokenizer, without the download."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, None, None
+
+    def __len__(self):
+        return 30522
+
+
+def build(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_its_model_builds(recipe, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    model_args, data_args, training_args = parse(run_clm.ARGUMENTS, [str(recipe), "--use_cpu"])
+    config = run_clm.load_config(model_args, BertVocabulary())
+    assert run_clm.choose_block_size(data_args, config) == data_args.block_size
+    assert build(config).get_output_embeddings().weight.shape[0] == 30522
+    assert training_args.do_train and training_args.do_eval
+
+
+def test_recipes_differ_only_in_the_model_and_the_output_folder():
+    recipes = [yaml.safe_load(path.read_text()) for path in WIKITEXT]
+    for recipe in recipes:
+        for name in ("config_name", "config_overrides", "output_dir"):
+            recipe.pop(name, None)
+        assert recipe == recipes[0]
+
+
+def test_overridden_number_of_layers_gets_its_own_default_offsets():
+    folder = str(REPOSITORY / "configuration/models/grassmann-6l")
+    model_args = run_clm.ModelArguments(config_name=folder, config_overrides={"num_hidden_layers": 3})
+    assert len(run_clm.load_config(model_args, BertVocabulary()).layer_offsets) == 3
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_the_size_of_the_paper_and_its_settings(name):
+    small, large = (AutoConfig.from_pretrained(REPOSITORY / f"configuration/models/{name}-{n}l") for n in (6, 12))
+    assert build(small).num_parameters() == pytest.approx(BASELINES[name], rel=0.01)
+    assert build(large).num_parameters() == pytest.approx(17.3e6, rel=0.01)
+    assert (small.num_hidden_layers, large.num_hidden_layers) == (6, 12)
+    assert (small.hidden_size, small.num_attention_heads, small.max_position_embeddings) == (256, 4, 256)
+    assert small.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["gpt-neox-6l", "stablelm-6l"])
+def test_rotary_baselines_rotate_whole_heads(name):
+    model = build(AutoConfig.from_pretrained(REPOSITORY / "configuration/models" / name))
+    rotary = next(module for path, module in model.named_modules() if path.endswith("rotary_emb"))
+    assert rotary.inv_freq.shape == (256 // 4 // 2,)
+    dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert set(dropouts) <= {0.1, 0.0} and 0.1 in dropouts

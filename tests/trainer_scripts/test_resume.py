@@ -1,0 +1,141 @@
+"""A run that is killed, at any moment, resumes to exactly the losses of a run that was left alone."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import run_clm
+import yaml
+from checkpoints import checkpoints, is_complete, last_complete_checkpoint
+
+
+# Kills its own process with SIGKILL: either at a step between two saves, or when half of the optimizer's file, the
+# one that follows the weights, has been written.
+KILLED_RUN = """
+import os, signal, sys
+import run_clm
+import torch
+from transformers import Trainer, TrainerCallback
+
+moment, step, *argv = sys.argv[1:]
+save = torch.save
+
+
+class Killer(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if moment == "training" and state.global_step == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_half(value, path):
+    save(value, path)
+    if moment == "saving" and str(path).endswith(f"checkpoint-{step}/optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.save = save_half
+run_clm.RunLog = type("RunLog", (run_clm.RunLog, Killer), {})
+run_clm.main(argv)
+"""
+
+SCHEDULE = ["--do_train", "--do_eval", "--num_train_epochs=3", "--logging_steps=1", "--save_steps=7", "--eval_steps=7"]
+SCHEDULE += ["--eval_strategy=steps", "--report_to=none", "--save_total_limit=2"]
+
+
+def history(folder):
+    """The log without what depends on the clock."""
+    entries = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    clock = ("runtime", "per_second", "preparation_time")
+    return [{key: value for key, value in entry.items() if not key.endswith(clock)} for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_run, run_python):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = run_python("trainer_scripts/run_clm.py", *tiny_run, *SCHEDULE, f"--output_dir={folder}")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_run_killed_while_training_and_again_while_saving_loses_nothing(uninterrupted, tmp_path, tiny_run, run_python):
+    argv = [*tiny_run, *SCHEDULE, f"--output_dir={tmp_path}", "--resume_from_checkpoint=true"]
+    assert run_python("-c", KILLED_RUN, "training", 17, *argv).returncode == -signal.SIGKILL
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-14")
+    assert run_python("-c", KILLED_RUN, "saving", 28, *argv).returncode == -signal.SIGKILL
+    assert checkpoints(tmp_path)[0] == str(tmp_path / "checkpoint-28")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-21")
+
+    process = run_python("trainer_scripts/run_clm.py", *argv)
+    assert process.returncode == 0, process.stderr
+    assert [line for line in process.stdout.splitlines() if "checkpoint-28" in line and "incomplete" in line]
+    resumed, expected = history(tmp_path), history(uninterrupted)
+    # The summary of the training counts only the steps since the last start.
+    losses = [[entry for entry in log if "train_loss" not in entry] for log in (resumed, expected)]
+    assert losses[0] == losses[1]
+    assert len([entry for entry in losses[0] if "loss" in entry]) == losses[0][-1]["step"] > 28
+
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, uninterrupted)]
+    for name in ("eval_perplexity", "best_epoch"):
+        assert metrics[0][name] == metrics[1][name]
+    assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_damaged_checkpoint_is_not_complete(uninterrupted, tmp_path, name, damage):
+    newest, older = checkpoints(uninterrupted)
+    for folder in (newest, older):
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+    newest, older = tmp_path / Path(newest).name, tmp_path / Path(older).name
+    assert last_complete_checkpoint(tmp_path) == str(newest)
+    damage(newest / name)
+    assert not is_complete(newest)
+    assert last_complete_checkpoint(tmp_path) == str(older)
+    damage(older / name)
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_checkpoint_of_several_processes_needs_the_random_state_of_each(uninterrupted, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoints(uninterrupted)[0], folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["RunLog"]["attributes"]["processes"] == 1
+    state["stateful_callbacks"]["RunLog"]["attributes"]["processes"] = 2
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert not is_complete(folder)
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert is_complete(folder)
+
+
+def test_sharded_checkpoint_needs_every_shard(uninterrupted, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoints(uninterrupted)[0], folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert not is_complete(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert is_complete(folder)
+
+
+def test_newest_checkpoint_is_the_one_with_the_largest_number(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "other-11"):
+        (tmp_path / name).mkdir()
+    assert [Path(folder).name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_recipe_of_a_run_repeats_it(uninterrupted, tmp_path):
+    run_clm.main([str(uninterrupted / "recipe.yaml"), f"--output_dir={tmp_path / 'again'}"])
+    assert yaml.safe_load((uninterrupted / "recipe.yaml").read_text())["logging_steps"] == 1
+    assert history(tmp_path / "again") == history(uninterrupted)

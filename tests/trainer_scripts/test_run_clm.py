@@ -1,0 +1,143 @@
+import json
+import math
+from itertools import chain
+
+import pytest
+import run_clm
+import torch
+import yaml
+from checkpoints import is_complete
+from text_data import DataArguments, cut_into_blocks, load_blocks, load_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def independent_perplexity(folder, path, block_size):
+    """Perplexity in float64, block by block and token by token, from the file and the saved model alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
+    ids = [i for line in path.read_text().splitlines(keepends=True) for i in tokenizer.encode(line)]
+    nll, tokens = 0.0, 0
+    for start in range(0, len(ids), block_size):
+        block = torch.tensor(ids[start : start + block_size])
+        with torch.inference_mode():
+            probabilities = model(block[None]).logits[0].softmax(dim=-1)
+        for i in range(1, len(block)):
+            nll -= math.log(probabilities[i - 1, block[i]])
+            tokens += 1
+    return math.exp(nll / tokens), tokens
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_run, run_python):
+    """Output folder of a tiny run through the launcher of Accelerate."""
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    process = run_python(
+        *["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file=configuration/accelerate/cpu.yaml"],
+        *["trainer_scripts/run_clm.py", *tiny_run, f"--output_dir={folder}"],
+        *["--do_train", "--do_eval", "--do_predict", "--num_train_epochs=2", "--logging_steps=5", "--seed=3"],
+        *["--eval_strategy=epoch", "--save_strategy=epoch", "--save_total_limit=1", "--load_best_model_at_end"],
+        *["--metric_for_best_model=perplexity", "--greater_is_better=false", "--report_to=tensorboard"],
+    )
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_reported_perplexities_are_those_of_the_saved_model(trained, text_files):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for key, split in [("eval", "validation"), ("test", "test")]:
+        perplexity, tokens = independent_perplexity(trained, text_files[split], 16)
+        assert metrics[f"{key}_perplexity"] == pytest.approx(perplexity, rel=1e-5)
+        assert metrics[f"{key}_tokens"] == tokens
+        assert metrics[f"{key}_loss"] == pytest.approx(math.log(metrics[f"{key}_perplexity"]))
+
+
+def test_run_learned_and_left_its_records(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["eval_perplexity"] < 100
+    assert metrics["best_epoch"] in (1.0, 2.0)
+    assert metrics["seed"] == 3
+    assert metrics["parameters"] == AutoModelForCausalLM.from_pretrained(trained).num_parameters()
+    assert {"python", "torch", "transformers", "accelerate", "modeling_grassmann"} == metrics["versions"].keys()
+    assert {"train_loss", "device", "git_commit", "wall_time_seconds"} <= metrics.keys()
+    assert list(trained.rglob("events.out.tfevents.*"))
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry][:2] == [5, 10]
+    assert any("eval_perplexity" in entry for entry in log)
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert recipe["seed"] == 3
+    assert recipe["config_overrides"]["hidden_size"] == 16
+
+
+def test_two_processes_report_the_perplexity_of_the_model_they_save(tiny_run, text_files, tmp_path, run_python):
+    process = run_python(
+        *["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "trainer_scripts/run_clm.py"],
+        *[*tiny_run, "--do_train", "--do_eval", "--max_steps=5", "--save_steps=5", "--ddp_backend=gloo"],
+        *["--per_device_eval_batch_size=3", "--report_to=none", f"--output_dir={tmp_path}"],
+    )
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    perplexity, tokens = independent_perplexity(tmp_path, text_files["validation"], 16)
+    assert metrics["eval_perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert metrics["eval_tokens"] == tokens
+    assert metrics["device"].startswith("2 x ")
+    assert is_complete(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "rng_state_1.pth").unlink()
+    assert not is_complete(tmp_path / "checkpoint-5")
+
+
+def test_tokenizer_ids_are_in_the_saved_configuration(trained):
+    config = AutoModelForCausalLM.from_pretrained(trained).config
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert config.vocab_size == len(tokenizer)
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_path):
+    argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
+    options = ["--block_size=16", "--per_device_eval_batch_size=3", "--use_cpu", "--report_to=none"]
+    run_clm.main([*argv, *options, f"--output_dir={tmp_path / 'eval'}"])
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, tmp_path / "eval"))
+    assert after["eval_perplexity"] == pytest.approx(before["eval_perplexity"], rel=1e-6)
+    assert "train_loss" not in after
+
+
+def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, capsys):
+    argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
+    with pytest.raises(SystemExit):
+        run_clm.main([*argv, "--use_cpu", f"--output_dir={trained}"])
+    assert "another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("keep_last", "lengths"), [(False, [4, 4]), (True, [4, 4, 3])])
+def test_blocks_hold_every_token_once_and_in_order(keep_last, lengths):
+    blocks = cut_into_blocks(torch.arange(11).numpy(), 4, keep_last)
+    assert [len(row) for row in blocks["input_ids"]] == lengths
+    assert [*chain(*blocks["input_ids"])] == list(range(sum(lengths)))
+    assert blocks["labels"][:] == blocks["input_ids"][:]
+
+
+def test_last_block_of_a_single_token_is_dropped():
+    assert len(cut_into_blocks(torch.arange(9).numpy(), 4, keep_last=True)) == 2
+
+
+def test_blocks_run_across_rows_and_placeholders_become_unknown_tokens(tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path = tmp_path / "a.txt"
+    path.write_text("the cat\n\n<unk> sees the dog\n" * 30)
+    args = DataArguments(train_file=str(path), unk_placeholder="<unk>", validation_split_percentage=50)
+    texts = load_texts(args)
+    assert [len(texts[split]) for split in ("train", "validation")] == [45, 45]
+    blocks = load_blocks(texts, ["train"], tokenizer, 8, args)["train"]
+    ids = tokenizer("".join(texts["train"]["text"]).replace("<unk>", tokenizer.unk_token))["input_ids"]
+    assert [*chain(*blocks["input_ids"])] == ids[: len(ids) // 8 * 8]
+    assert tokenizer.unk_token_id in ids
+
+
+def test_run_on_wikitext(data_dir, tmp_path):
+    recipe = "configuration/wikitext2/grassmann_6l_post.yaml"
+    sizes = ['--config_overrides={"hidden_size": 16, "intermediate_size": 32, "reduced_size": 4}', "--block_size=64"]
+    limits = ["--max_train_samples=20", "--max_eval_samples=4", "--num_train_epochs=1", "--bf16=false", "--use_cpu"]
+    run_clm.main([recipe, *sizes, *limits, "--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'out'}"])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["eval_tokens"] == metrics["test_tokens"] == 4 * 63
+    assert metrics["eval_perplexity"] < 40_000

@@ -1,0 +1,110 @@
+"""Every mistake ends before training starts: one line on stderr, exit code 2, and no output folder."""
+
+import json
+
+import datasets
+import pytest
+import run_clm
+import torch
+
+
+def failure(argv, output_dir, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_clm.main([*map(str, argv), f"--output_dir={output_dir}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert not output_dir.exists()
+    return lines[0]
+
+
+def test_command_line_prints_one_line_and_exits_with_2(tmp_path, run_python):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_type: gpt2\nlearning_rat: 1e-3\n")
+    for argv, words in [
+        ([recipe], [str(recipe), "learning_rat", "learning_rate"]),
+        (["--model_type=gpt2", "--tokenizer_name=x", "--train_file=missing.txt", "--do_train"], ["missing.txt"]),
+    ]:
+        process = run_python("trainer_scripts/run_clm.py", *argv, f"--output_dir={tmp_path}/out")
+        assert process.returncode == 2
+        assert len(process.stderr.splitlines()) == 1, process.stderr
+        assert process.stderr.startswith("error: ")
+        assert all(word in process.stderr for word in words)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", ["empty"]),
+        ("zeros.txt", b"text\0more", ["not text"]),
+        ("latin.txt", "Größe\n".encode("latin-1") * 100, ["cannot read", "utf-8"]),
+        ("image.txt", bytes(range(1, 256)) * 20, ["cannot read", "utf-8"]),
+        ("broken.json", b'{"text": ', ["cannot read"]),
+        ("fake.parquet", b"not a table", ["cannot read"]),
+        ("page.html", b"<p>", [".html", ".txt"]),
+        ("short.txt", b"one two\n", ["tokens", "block_size=16"]),
+        ("column.csv", b"txt,label\na,1\n", ["no column text", "txt"]),
+        ("numbers.csv", b"text\n1\n2\n", ["int64", "not text"]),
+    ],
+)
+def test_unusable_data_file(name, content, words, tmp_path, tiny_run, capsys):
+    path = tmp_path / name
+    path.write_bytes(content)
+    argv = [argument for argument in tiny_run if "_file=" not in argument]
+    message = failure([*argv, f"--train_file={path}", "--do_train"], tmp_path / "out", capsys)
+    assert all(word in message for word in [str(path), *words]), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--block_size=17"], ["block_size=17", "16 positions"]),
+        (['--config_overrides={"hidden_siz": 8}'], ["hidden_siz", "hidden_size"]),
+        (['--config_overrides={"hidden_size": "wide"}'], ["hidden_size"]),
+        (['--config_overrides={"vocab_size": 10}'], ["vocab_size=10"]),
+        (["--resume_from_checkpoint=nowhere"], ["nowhere", "checkpoint"]),
+        (["--tokenizer_name=./nowhere"], ["tokenizer", "nowhere"]),
+        (["--model_type=grasman"], ["grasman"]),
+        (["--load_best_model_at_end", "--eval_strategy=epoch", "--save_strategy=steps"], ["load_best_model_at_end"]),
+    ],
+)
+def test_impossible_arguments(changes, words, tmp_path, tiny_run, capsys):
+    message = failure([*tiny_run, "--do_train", *changes], tmp_path / "out", capsys)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in bfloat16")
+def test_bfloat16_without_gpu_says_what_to_do(tmp_path, tiny_run, capsys):
+    argv = [argument for argument in tiny_run if argument != "--use_cpu"]
+    assert "use_cpu" in failure([*argv, "--do_train", "--bf16"], tmp_path / "out", capsys)
+
+
+def test_nothing_to_do_and_missing_split(tmp_path, tiny_run, capsys):
+    assert "do_train" in failure(tiny_run, tmp_path / "out", capsys)
+    argv = [argument for argument in tiny_run if "--test_file" not in argument]
+    assert "no test data" in failure([*argv, "--do_predict"], tmp_path / "out", capsys)
+
+
+def test_placeholder_without_unknown_token(tmp_path, tiny_run, tokenizer_folder, capsys):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text((tokenizer_folder / "tokenizer.json").read_text())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    argv = [*tiny_run, "--do_train", f"--tokenizer_name={folder}", "--unk_placeholder=<unk>"]
+    assert "<unk>" in failure(argv, tmp_path / "out", capsys)
+
+
+def test_second_run_into_the_same_folder_is_refused(tmp_path, tiny_run, capsys):
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    with pytest.raises(SystemExit):
+        run_clm.main([*tiny_run, "--do_train", f"--output_dir={tmp_path}"])
+    assert "resume_from_checkpoint=true" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    datasets.disable_progress_bars()
