@@ -134,7 +134,7 @@ class GrassmannConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """`layer_types` follows from the other fields, and names a state that Transformers itself does not know."""
 
-    def validate_sizes(self):
+    def validate_architecture(self):
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_plucker_heads"]
         if self.max_position_embeddings is not None:
             sizes.append("max_position_embeddings")
@@ -145,8 +145,6 @@ class GrassmannConfig(PreTrainedConfig):
             raise ValueError(
                 f"`reduced_size` must be at least 2, since a plane needs two dimensions, got {self.reduced_size}."
             )
-
-    def validate_offsets(self):
         nested = bool(self.offsets) and isinstance(self.offsets[0], list)
         if nested and len(self.offsets) != self.num_hidden_layers:
             raise ValueError(

@@ -222,9 +222,12 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         """The mask of the new tokens: the decoding state knows the old ones, and the shape stays the same per step."""
         return attention_mask if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        self.model.check_length(input_ids.shape[1])
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, position_ids=None, **kwargs):
+        # The positions also count a prompt that was given as embeddings.
+        self.model.check_length(input_ids.shape[1] if position_ids is None else position_ids.shape[1])
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
 
     @can_return_tuple
     @auto_docstring
