@@ -34,9 +34,8 @@ class PluckerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, window: int) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.window = window
-        self.batch_size = key_states.shape[0]
-        self.keys = key_states.new_zeros(self.batch_size, window, key_states.shape[-1])
-        self.values = value_states.new_full((self.batch_size, window), NO_POSITION)
+        self.keys = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
+        self.values = value_states.new_full((value_states.shape[0], window), NO_POSITION)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not is_torchdynamo_compiling():
             for state in (self.keys, self.values, self.cumulative_length):
@@ -73,6 +72,20 @@ class PluckerCacheLayer(CacheLayerMixin):
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
         return self.cumulative_length if self.is_initialized else 0
+
+    def next_positions(self) -> int | torch.Tensor:
+        """Position of each row's next token, `(B, 1)`: behind its last one, or behind all if that one is padding."""
+        if not self.is_initialized:
+            return 0
+        last = self.values[:, -1:]
+        return torch.where(last == NO_POSITION, self.cumulative_length, last + 1)
+
+    @property
+    def batch_size(self) -> int:
+        if not self.is_initialized:
+            # Transformers asks with `hasattr` whether it is known already.
+            raise AttributeError("`batch_size` is known after the first `update`.")
+        return self.keys.shape[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

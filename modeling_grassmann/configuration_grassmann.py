@@ -101,7 +101,7 @@ class GrassmannConfig(PreTrainedConfig):
     learned_offset_weights: bool = False
     separate_past_projection: bool = False
     mixer_out_proj: bool = False
-    plucker_eps: float = 1e-3
+    plucker_eps: float | int = 1e-3
     layer_norm_eps: float = 1e-5
     hidden_dropout: float | int = 0.1
     embedding_dropout: float | int = 0.1
@@ -165,6 +165,9 @@ class GrassmannConfig(PreTrainedConfig):
         for name in ("hidden_dropout", "embedding_dropout", "plucker_eps"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and less than 1, got {getattr(self, name)}.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 
 __all__ = ["GrassmannConfig"]

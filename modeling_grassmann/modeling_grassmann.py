@@ -142,16 +142,20 @@ class GrassmannModel(GrassmannPreTrainedModel):
             )
 
     def derive_position_ids(
-        self, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, length: int, device: torch.device
+        self, attention_mask: torch.Tensor | None, past_key_values: Cache | None, length: int, device: torch.device
     ) -> torch.Tensor:
-        """Position of each of the last `length` tokens among the real tokens of its row: `(B, T)` or `(1, T)`."""
+        """
+        Position of each of the last `length` tokens among the real tokens of its row, `(B, T)` or `(1, T)`: counted
+        over a mask that includes the tokens already seen, else counted on from the decoding state.
+        """
+        self.check_length(length if attention_mask is None else attention_mask.shape[1])
         if attention_mask is None:
-            self.check_length(length)
-            return torch.arange(length, device=device)[None] + past_length
-        self.check_length(attention_mask.shape[1])
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        # A mask over the new tokens alone counts on from the tokens already seen.
-        return position_ids + past_length if attention_mask.shape[1] == length else position_ids
+            position_ids = torch.arange(length, device=device)[None]
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            if attention_mask.shape[1] > length:
+                return position_ids
+        return position_ids if past_key_values is None else position_ids + past_key_values.layers[0].next_positions()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -183,8 +187,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = self.derive_position_ids(attention_mask, past_length, length, inputs_embeds.device)
+            position_ids = self.derive_position_ids(attention_mask, past_key_values, length, inputs_embeds.device)
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -220,7 +223,10 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **kwargs):
         """The mask of the new tokens: the decoding state knows the old ones, and the shape stays the same per step."""
-        return attention_mask if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        if attention_mask is None:
+            return None
+        # A copy: the strides of a view follow the whole mask's length, and compiled decoding would recompile per step.
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, position_ids=None, **kwargs):
         # The positions also count a prompt that was given as embeddings.

@@ -196,6 +196,19 @@ def test_a_mask_of_the_new_tokens_alone_counts_on_from_those_seen(make_cache, ma
     assert_equal(logits[mask.bool()], model(ids).logits[:, 9:][mask.bool()])
 
 
+@pytest.mark.parametrize("mask", ["none", "new_tokens", "all_tokens"])
+def test_decoding_by_hand_counts_positions_on_behind_padding(mask, make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(2, 12)
+    full = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
+    cache = make_cache(model.config)
+    model(ids[:, :7], attention_mask=full[:, :7], past_key_values=cache)
+    logits = []
+    for t in range(7, 12):
+        given = {"none": None, "new_tokens": full[:, t : t + 1], "all_tokens": full[:, : t + 1]}[mask]
+        logits.append(model(ids[:, t : t + 1], attention_mask=given, past_key_values=cache).logits)
+    assert_equal(torch.cat(logits, dim=1), model(ids, attention_mask=full).logits[:, 7:])
+
+
 def state_bytes(cache):
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
@@ -233,6 +246,7 @@ def test_an_operation_on_rows_moves_their_whole_state(operation, rows, make_cach
     cache = make_cache(model.config)
     model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
     operation(cache)
+    assert cache.batch_size == len(rows)
     # An operation on an empty cache must do no harm either.
     operation(make_cache(model.config))
     ids, mask = ids[rows], mask[rows]

@@ -54,7 +54,9 @@ def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
 def closest(name: object, allowed: Iterable[str]) -> str:
     """End of an error message about an unknown `name`: the allowed names closest to it."""
-    return f"did you mean {' or '.join(difflib.get_close_matches(str(name), sorted(allowed), n=3, cutoff=0))}?"
+    name, allowed = str(name), sorted(allowed)
+    matches = difflib.get_close_matches(name, allowed, n=3) or difflib.get_close_matches(name, allowed, n=3, cutoff=0)
+    return f"did you mean {' or '.join(matches)}?"
 
 
 def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tuple[Any, ...]:

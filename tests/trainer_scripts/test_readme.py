@@ -1,0 +1,50 @@
+"""The README is a promise: what it says can be pasted, and its figures are those of the recorded runs."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+from report import find_baseline, load_run, results_table
+
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RESULTS = ["gpt2_6l", "gpt_neox_6l", "stablelm_6l", "grassmann_6l_pre", "grassmann_6l_post"]
+RESULTS += ["grassmann_6l_pre_all_offsets"]
+
+
+def test_the_tour_works_when_pasted(tmp_path, run_python):
+    # What `make quickstart` leaves behind, from a few steps instead of minutes.
+    recipe = ["configuration/quickstart/stdlib_docs.yaml", "--max_train_samples=16", "--max_eval_samples=4"]
+    options = ["--num_train_epochs=1", "--report_to=none", f"--output_dir={tmp_path / 'runs' / 'quickstart'}"]
+    training = run_python("trainer_scripts/run_clm.py", *recipe, *options)
+    assert training.returncode == 0, training.stderr
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    tour = run_python("-c", f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
+    assert tour.returncode == 0, tour.stderr
+    assert "12,639,936 parameters" in tour.stdout
+    assert "torch.Size([2, 10, 64])" in tour.stdout
+
+
+def test_the_two_set_up_commands_come_first_and_exist():
+    assert re.search(r"```bash\n(.*?)```", README, flags=re.DOTALL).group(1) == "make quickstart\nmake test\n"
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {"quickstart", "test"} <= set(targets)
+
+
+def test_files_that_the_documents_name_exist():
+    text = README + (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = re.findall(
+        r"(?:configuration|trainer_scripts|benchmarks|model_cards|docs|modeling_grassmann)/[\w./-]*", text
+    )
+    missing = {name for name in names if not (REPOSITORY / name.rstrip(".")).exists()}
+    assert len(names) > 10
+    # Forms that stand for many files, such as run_<task>.py.
+    assert missing <= {"trainer_scripts/run_"}
+
+
+@pytest.mark.parametrize(("document", "parent"), [("README.md", "."), ("docs/wikitext2.md", "docs")])
+def test_the_results_are_those_of_the_recorded_runs(document, parent):
+    runs = [load_run(REPOSITORY / "model_cards" / f"wikitext2_{name}") for name in RESULTS]
+    table = results_table(runs, find_baseline(runs, "wikitext2_gpt2_6l"), REPOSITORY / parent)
+    assert table in (REPOSITORY / document).read_text(encoding="utf-8")
