@@ -19,13 +19,14 @@ def test_features_and_gradients_on_the_gpu_equal_the_float64_reference(dtype, to
     generator = torch.Generator().manual_seed(0)
     shapes = {"source": (3, 129, 2, 32), "weight": (64, 2 * 496), "bias": (64,)}
     low = {name: torch.randn(shape, generator=generator).to("cuda", dtype) for name, shape in shapes.items()}
+    cotangent = torch.randn(3, 129, 64, generator=generator)
     results = []
     for backend, target in [("torch", low), ("naive", {name: t.cpu().double() for name, t in low.items()})]:
         leaves = {name: tensor.requires_grad_() for name, tensor in target.items()}
         output = plucker_features(
             leaves["source"], leaves["source"], leaves["weight"], leaves["bias"], [1, 2, 16, 130], backend=backend
         )
-        gradients = torch.autograd.grad(output, list(leaves.values()), output.detach().sign())
+        gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output))
         results.append([tensor.cpu().double() for tensor in (output, *gradients)])
     for actual, expected in zip(*results):
         assert (actual - expected).norm() <= tolerance * expected.norm()

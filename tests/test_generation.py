@@ -99,7 +99,9 @@ def test_offloaded_generation_gives_the_uncached_tokens(implementation, make_mod
     model = make_model(**flavour).cuda()
     prompts = {name: tensor.cuda() for name, tensor in make_prompts(make_ids)[0].items()}
     expected = generate(model, prompts, use_cache=False)
-    assert torch.equal(generate(model, prompts, cache_implementation=implementation), expected)
+    # Compiled code around CUDA streams, with which Transformers offloads, ends in a crash of PyTorch 2.11.
+    options = {"cache_implementation": implementation, "disable_compile": True}
+    assert torch.equal(generate(model, prompts, **options), expected)
 
 
 @pytest.mark.parametrize("assistant", ["itself", "similar", "gpt2"])
