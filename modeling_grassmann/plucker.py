@@ -357,7 +357,8 @@ class PluckerMixer(nn.Module):
 
         features = self.plucker_proj(query, source, self.offsets, positions, self.backend)  # (B, T, d)
         gate = torch.sigmoid(self.gate_proj(torch.cat([hidden_states, features], dim=-1)))
-        mixed = gate * hidden_states + (1 - gate) * features
+        # gate * hidden_states + (1 - gate) * features, in fewer passes over memory.
+        mixed = features + gate * (hidden_states - features)
         if self.out_proj is not None:
             mixed = self.out_proj(mixed)
         return self.norm(mixed)
