@@ -1,7 +1,9 @@
 """The README is a promise: what it says can be pasted, and its figures are those of the recorded runs."""
 
+import json
 import re
 
+import mixer
 import pytest
 from conftest import REPOSITORY
 from report import find_baseline, load_run, results_table
@@ -48,3 +50,8 @@ def test_the_results_are_those_of_the_recorded_runs(document, parent):
     runs = [load_run(REPOSITORY / "model_cards" / f"wikitext2_{name}") for name in RESULTS]
     table = results_table(runs, find_baseline(runs, "wikitext2_gpt2_6l"), REPOSITORY / parent)
     assert table in (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def test_the_speed_of_the_mixer_is_the_recorded_one():
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "mixer_cpu.json").read_text(encoding="utf-8"))
+    assert mixer.table(record["results"]) in README
