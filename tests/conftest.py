@@ -60,7 +60,7 @@ def make_model(make_config):
         # Fresh weights have zero biases and equal offset weights, and so cannot tell apart what depends on them.
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
         return model
 
     return make
