@@ -101,7 +101,7 @@ class GrassmannConfig(PreTrainedConfig):
     learned_offset_weights: bool = False
     separate_past_projection: bool = False
     mixer_out_proj: bool = False
-    plucker_eps: float | int = 1e-3
+    plucker_eps: float = 1e-3
     layer_norm_eps: float = 1e-5
     hidden_dropout: float | int = 0.1
     embedding_dropout: float | int = 0.1
@@ -114,6 +114,8 @@ class GrassmannConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        # Derived from other fields; a file may name them all the same.
+        kwargs.pop("layer_types", None)
         if self.offsets is None:
             per_layer = (i * len(PAPER_OFFSETS) // self.num_hidden_layers for i in range(self.num_hidden_layers))
             self.offsets = [[PAPER_OFFSETS[index]] for index in per_layer]
@@ -162,9 +164,11 @@ class GrassmannConfig(PreTrainedConfig):
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
 
     def validate_ranges(self):
-        for name in ("hidden_dropout", "embedding_dropout", "plucker_eps"):
+        for name in ("hidden_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and less than 1, got {getattr(self, name)}.")
+        if not 0 < self.plucker_eps < 1:
+            raise ValueError(f"`plucker_eps` must be greater than 0 and less than 1, got {self.plucker_eps}.")
         for name in ("initializer_range", "layer_norm_eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")

@@ -87,6 +87,11 @@ class GrassmannPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GrassmannBlock}
 
+    def __init__(self, config: GrassmannConfig, *args, **kwargs):
+        # Fields that were set after the configuration was made, as `from_pretrained` does, have not been checked yet.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -115,12 +120,20 @@ class GrassmannModel(GrassmannPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
-    def check_length(self, length: int) -> None:
+    def check_length(self, length: int, position_ids: torch.Tensor) -> None:
         """
+        Args:
+            length (`int`): number of tokens so far, padding included.
+            position_ids (`torch.Tensor`): their positions; looked at only if there is more than the table holds.
+
         Raises:
-            ValueError: if the position table is shorter than `length` tokens.
+            ValueError: if a sequence is longer than the position table.
         """
-        if self.embed_positions is not None and length > self.config.max_position_embeddings:
+        if self.embed_positions is None or length <= self.config.max_position_embeddings:
+            return
+        if not torch.compiler.is_compiling():
+            length = int(position_ids.max()) + 1
+        if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"A sequence of {length} tokens is longer than the position table: `max_position_embeddings` is "
                 f"{self.config.max_position_embeddings}. Shorten the sequence, or use a model with a larger table or "
@@ -147,15 +160,22 @@ class GrassmannModel(GrassmannPreTrainedModel):
         """
         Position of each of the last `length` tokens among the real tokens of its row, `(B, T)` or `(1, T)`: counted
         over a mask that includes the tokens already seen, else counted on from the decoding state.
+
+        Raises:
+            ValueError: if a sequence is longer than the position table.
         """
-        self.check_length(length if attention_mask is None else attention_mask.shape[1])
+        total = length
         if attention_mask is None:
             position_ids = torch.arange(length, device=device)[None]
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            if attention_mask.shape[1] > length:
-                return position_ids
-        return position_ids if past_key_values is None else position_ids + past_key_values.layers[0].next_positions()
+            total = attention_mask.shape[1]
+        if total == length and past_key_values is not None:
+            position_ids = position_ids + past_key_values.layers[0].next_positions()
+            if not torch.compiler.is_compiling():
+                total += int(past_key_values.get_seq_length())
+        self.check_length(total, position_ids)
+        return position_ids
 
     @merge_with_config_defaults
     @capture_outputs
@@ -183,6 +203,13 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+        if attention_mask is not None and (
+            attention_mask.shape[1] < length or (attention_mask.shape[1] > length and past_key_values is None)
+        ):
+            raise ValueError(
+                f"`attention_mask` must have one column for each of the {length} tokens, and may have more only for "
+                f"those in `past_key_values`. Got shape {tuple(attention_mask.shape)}."
+            )
 
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
@@ -229,8 +256,9 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, position_ids=None, **kwargs):
-        # The positions also count a prompt that was given as embeddings.
-        self.model.check_length(input_ids.shape[1] if position_ids is None else position_ids.shape[1])
+        if position_ids is not None:
+            # Unlike `input_ids`, they count a prompt that was given as embeddings.
+            self.model.check_length(position_ids.shape[1], position_ids)
         return super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )
@@ -304,21 +332,43 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        batch_size = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-        if self.config.pad_token_id is None and batch_size > 1:
-            raise ValueError(
-                f"`pad_token_id` must be a token id to classify a batch of {batch_size} rows, got None: without it, "
-                "the last token of each row cannot be told from padding. Set `model.config.pad_token_id`."
-            )
-        return super().forward(
+        outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
             use_cache=use_cache,
             **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
+
+        batch_size, length = logits.shape[:2]
+        if self.config.pad_token_id is None and batch_size > 1:
+            raise ValueError(
+                f"`pad_token_id` must be a token id to classify a batch of {batch_size} rows, got None: without it, "
+                "the last token of each row cannot be told from padding. Set `model.config.pad_token_id`."
+            )
+        # Each row is classified by its last real token, to the left or to the right of its padding.
+        if attention_mask is not None:
+            real = attention_mask[:, -length:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            real = torch.ones(batch_size, length, dtype=torch.bool, device=logits.device)
+        last = (torch.arange(length, device=logits.device) * real.to(logits.device)).argmax(-1)
+        pooled_logits = logits[torch.arange(batch_size, device=logits.device), last]
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 

@@ -133,8 +133,12 @@ def plucker_features_collapsed(query, source, weight, bias, offsets, positions, 
         tangent = tangent + unit
         count = count + pair
     tangent = tangent / count.clamp(min=1)[..., None]
-    outer = (direction[..., :, None] * tangent[..., None, :]).flatten(2)  # (B, T, H, r, r) -> (B, T, H * r * r)
-    features = F.linear(outer.to(weight.dtype), antisymmetric_matrices(weight, num_heads, reduced_size))
+    if query.shape[1] == 1:
+        # In a decoding step, writing out the matrices would cost more than everything else.
+        features = F.linear(wedge(direction, tangent).flatten(2).to(weight.dtype), weight)
+    else:
+        outer = (direction[..., :, None] * tangent[..., None, :]).flatten(2)  # (B, T, H, r, r) -> (B, T, H * r * r)
+        features = F.linear(outer.to(weight.dtype), antisymmetric_matrices(weight, num_heads, reduced_size))
     return features if bias is None else features + bias * (count > 0)
 
 

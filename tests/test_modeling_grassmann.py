@@ -87,6 +87,20 @@ def test_a_model_loads_and_runs_in_bfloat16(make_model, make_ids, tmp_path):
     assert F.cosine_similarity(logits.float().flatten(), expected.flatten(), dim=0) > 0.98
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"norm_placement": "Pre"}, '`norm_placement` must be "post" or "pre", got \'Pre\''),
+        ({"num_hidden_layers": 2}, r"`offsets` must hold one list per layer \(2"),
+    ],
+    ids=str,
+)
+def test_an_impossible_override_is_refused_when_loading(override, message, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **override)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_are_tied_after_loading_exactly_when_configured(tied, make_model, tmp_path):
     make_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
@@ -251,6 +265,27 @@ def test_a_sequence_longer_than_the_position_table_is_refused_by_message(make_mo
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
+def test_decoding_by_hand_past_the_position_table_is_refused_by_message(make_model, make_ids):
+    model = make_model(max_position_embeddings=16)
+    cache = model(make_ids(1, 16)).past_key_values
+    with pytest.raises(ValueError, match=r"17 tokens.*`max_position_embeddings` is 16"):
+        model(make_ids(1, 1), past_key_values=cache)
+
+
+def test_padding_does_not_count_against_the_position_table(make_model, make_ids):
+    model, row = make_model(max_position_embeddings=16), make_ids(1, 10)
+    ids, mask = F.pad(row, (20, 0)), F.pad(torch.ones_like(row), (20, 0))
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 20:], model(row).logits)
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
+    assert torch.equal(generated[:, 20:], model.generate(row, max_new_tokens=7, do_sample=False))
+
+
+@pytest.mark.parametrize("columns", [7, 14])
+def test_a_mask_of_another_length_than_the_tokens_is_refused(columns, make_model, make_ids):
+    with pytest.raises(ValueError, match=rf"`attention_mask`.* 10 tokens.*\(2, {columns}\)"):
+        make_model()(make_ids(2, 10), attention_mask=torch.ones(2, columns))
+
+
 def test_generation_past_the_position_table_is_refused_by_message(use_cache, make_model, make_ids):
     model, ids = make_model(max_position_embeddings=16), make_ids(2, 10)
     # The last token is returned without being read.
@@ -281,6 +316,18 @@ def test_a_classification_batch_without_padding_id_is_refused(make_model, make_i
     assert model(make_ids(1, 4)).logits.shape == (1, 3)
     with pytest.raises(ValueError, match=r"`pad_token_id` must be .* batch of 2 rows, got None"):
         model(make_ids(2, 4))
+
+
+def test_the_mask_says_which_token_is_classified(make_model, make_ids):
+    model = make_model(GrassmannForSequenceClassification, num_labels=3)
+    ids = make_ids(2, 9)
+    # A real token with the padding id, and padding with another.
+    ids[0, 5] = model.config.pad_token_id
+    mask = (torch.arange(9) < torch.tensor([[6], [9]])).long()
+    expected = torch.cat([model(ids[:1, :6], attention_mask=mask[:1, :6]).logits, model(ids[1:]).logits])
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings, attention_mask=mask).logits, expected)
 
 
 def test_the_classification_loss_is_the_cross_entropy_of_the_last_token(make_model, make_ids):

@@ -63,6 +63,8 @@ def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tup
     """Parse `[recipe.yaml] [--flag value ...]` into one instance of each dataclass; flags override the recipe.
 
     A key set to null in the recipe keeps its default. Mappings are written as such in a recipe, and as JSON in a flag.
+    A dataclass may name in `REPLACES` which keys of a recipe a flag replaces besides its own, since they are
+    alternatives.
 
     Args:
         dataclass_types: the dataclasses, as for `HfArgumentParser`.
@@ -75,6 +77,8 @@ def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tup
     # First of all, as a misspelled name is often the reason why another one seems to be missing.
     unknown = parser.parse_known_args(flags)[1]
     if unknown:
+        if not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]} does not belong to a flag; a recipe comes first, before all flags")
         name = unknown[0].partition("=")[0].lstrip("-")
         raise UserError(f"unknown argument {unknown[0]}: {closest(name, hints)}")
     try:
@@ -115,8 +119,12 @@ def _prepare(dataclass_types: Iterable[type], argv: list[str] | None) -> tuple["
     if flags and not flags[0].startswith("-"):
         parser.recipe, *flags = flags
         parser.overridden = {flag.partition("=")[0] for flag in flags}
+        replaced = set()
+        for dataclass_type in dataclass_types:
+            for name, others in getattr(dataclass_type, "REPLACES", {}).items():
+                replaced.update(others if f"--{name}" in parser.overridden else ())
         # Of repeated flags the last one holds.
-        flags = _recipe_to_flags(parser.recipe, hints) + flags
+        flags = _recipe_to_flags(parser.recipe, hints, replaced) + flags
     return parser, hints, flags
 
 
@@ -131,7 +139,14 @@ class _Parser(HfArgumentParser):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as the number it is in YAML 1.2; in YAML 1.1 it is a string."""
+    """SafeLoader that reads `1e-3` as the number it is in YAML 1.2, and refuses keys that are given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -144,7 +159,7 @@ def _accepts(hint: Any, container: type) -> bool:
     return container in (hint, get_origin(hint)) or any(_accepts(member, container) for member in get_args(hint))
 
 
-def _recipe_to_flags(path: str, hints: dict[str, Any]) -> list[str]:
+def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: set[str]) -> list[str]:
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -161,7 +176,7 @@ def _recipe_to_flags(path: str, hints: dict[str, Any]) -> list[str]:
         for container in (list, dict):
             if isinstance(value, container) and not _accepts(hints[name], container):
                 raise UserError(f"{path}: {name} takes a single value, not a {container.__name__}: {value}")
-        if value is None:
+        if value is None or name in replaced:
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]

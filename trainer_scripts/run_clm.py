@@ -8,13 +8,16 @@ Works under `accelerate launch` and `torchrun` as well. All names of `TrainingAr
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import datasets
+import torch
 import transformers
 import yaml
 from arguments import UserError, closest, exits_on_user_error, local_copy, parse, resolve
@@ -23,6 +26,7 @@ from corpus import train_tokenizer
 from huggingface_hub.errors import StrictDataclassError
 from metrics import compute_perplexity, sum_negative_log_likelihood
 from records import best_epoch, environment, mean_logged_loss
+from safetensors import SafetensorError
 from text_data import EMBEDDED_CORPUS, DataArguments, load_blocks, load_texts
 from transformers import (
     AutoConfig,
@@ -33,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -46,6 +51,12 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ModelArguments:
     """Which model to train or evaluate: a saved one, or a new one of a given configuration or type."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model_name_or_path": ("config_name", "model_type", "config_overrides", "tokenizer_name"),
+        "config_name": ("model_name_or_path", "model_type", "config_overrides"),
+        "model_type": ("model_name_or_path", "config_name", "config_overrides"),
+    }
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Saved model: folder or id on the Hub."})
     config_name: str | None = field(
@@ -82,6 +93,22 @@ class ModelArguments:
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
 
 
+def find(argument: str, name: str) -> str:
+    """The folder or Hub id `name`; a folder is also looked for in this repository, so that recipes work anywhere.
+
+    Raises:
+        UserError: if it can only be a folder, and there is none.
+    """
+    if os.path.exists(name):
+        return name
+    if (in_repository := Path(__file__).parents[1] / name).is_dir():
+        return str(in_repository)
+    first, *rest = name.split("/")
+    if first in ("", ".", "..", "~") or len(rest) > 1 or os.path.isdir(first):
+        raise UserError(f"{argument}={name}: there is no such folder")
+    return name
+
+
 def load_tokenizer(
     model_args: ModelArguments, data_args: DataArguments, texts: datasets.DatasetDict
 ) -> PreTrainedTokenizerBase:
@@ -97,7 +124,7 @@ def load_tokenizer(
         return train_tokenizer(texts["train"]["text"], data_args.vocab_size)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            local_copy(name) or name, trust_remote_code=model_args.trust_remote_code
+            local_copy(name) or find("tokenizer_name", name), trust_remote_code=model_args.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer {name}: {error}") from error
@@ -120,7 +147,8 @@ def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pre
         if args.model_type:
             config, values = AutoConfig.for_model(args.model_type), {}
         else:
-            name = args.config_name or args.model_name_or_path
+            argument = "config_name" if args.config_name else "model_name_or_path"
+            name = find(argument, getattr(args, argument))
             config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
             values, _ = config.get_config_dict(name)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -178,8 +206,53 @@ def load_model(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedMode
         if args.model_name_or_path:
             return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **options)
         return AutoModelForCausalLM.from_config(config, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot build the model: {error}") from error
+
+
+def check_causality(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: if the model's prediction of a token depends on that token or later ones, as an encoder's does: its
+            perplexity would mean nothing.
+    """
+    model.eval()
+    ids = torch.arange(8, device=model.device)[None]
+    other = ids.clone()
+    other[0, -1] += 1
+    with torch.inference_mode():
+        logits, changed = (model(input_ids=tokens).logits[0, :-1].float() for tokens in (ids, other))
+    # Up to rounding: inputs of one shape take the same path.
+    if (logits - changed).abs().max() > 1e-5 * logits.abs().max():
+        raise UserError(f"{type(model).__name__} is not causal: its predictions depend on the tokens they predict")
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        UserError: if an argument is impossible that the Trainer itself would stumble on later.
+    """
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} must be at least 1")
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0")
+    metric, allowed = args.metric_for_best_model, ("loss", "perplexity")
+    if metric is not None:
+        if metric.removeprefix("eval_") not in allowed:
+            raise UserError(f"metric_for_best_model={metric} is not measured: choose one of {', '.join(allowed)}")
+        # The Trainer takes any name but a loss for one of which more is better.
+        args.greater_is_better = False
+    if args.dataloader_drop_last or args.prediction_loss_only or args.batch_eval_metrics:
+        raise UserError(
+            "dataloader_drop_last, prediction_loss_only and batch_eval_metrics must be false: perplexity is measured"
+            " over the whole evaluation split"
+        )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -215,6 +288,25 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
+def is_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether the checkpoint is that of the run's last step. The Trainer would train for one more step."""
+    args = trainer.args
+    steps = args.max_steps
+    if steps <= 0:
+        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        steps = math.ceil(args.num_train_epochs * per_epoch)
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step >= steps
+
+
+def restore_finished(trainer: Trainer, checkpoint: str) -> None:
+    """Give the trainer the state and the model with which the finished run ended."""
+    trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    saved = type(trainer.model).from_pretrained(best or checkpoint)
+    trainer.model.load_state_dict(saved.state_dict())
+    logger.info("The run is complete: %d steps were trained before", trainer.state.global_step)
+
+
 def setup_logging(args: TrainingArguments) -> None:
     """Log to stdout, so that stderr holds progress bars and errors only; processes other than the first warn only."""
     logging.basicConfig(
@@ -227,6 +319,7 @@ def setup_logging(args: TrainingArguments) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
+    logging.getLogger("datasets").handlers.clear()
     datasets.utils.logging.enable_propagation()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -240,6 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = [split for split, wanted in splits.items() if wanted]
     if not splits:
         raise UserError("nothing to do: pass at least one of do_train, do_eval, do_predict")
+    check_training_arguments(training_args)
     setup_logging(training_args)
     output_dir = training_args.output_dir
     resumed = checkpoint_to_resume(training_args) if training_args.do_train else None
@@ -256,33 +350,46 @@ def main(argv: list[str] | None = None) -> None:
     # Before the construction, so that the seed also decides the initial weights.
     set_seed(training_args.seed)
     model = load_model(model_args, config)
+    check_causality(model)
+    use_cache = getattr(model.config, "use_cache", None)
     logger.info("%s with %.2fM parameters", type(model).__name__, model.num_parameters() / 1e6)
     logger.info("Blocks of %d tokens: %s", block_size, {split: len(rows) for split, rows in blocks.items()})
 
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=blocks.get("train"),
-        eval_dataset=blocks.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
-        compute_metrics=compute_perplexity,
-        preprocess_logits_for_metrics=sum_negative_log_likelihood,
-        callbacks=[RunLog()],
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=blocks.get("train"),
+            eval_dataset=blocks.get("validation"),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForTokenClassification(tokenizer),
+            compute_metrics=compute_perplexity,
+            preprocess_logits_for_metrics=sum_negative_log_likelihood,
+            callbacks=[RunLog()],
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        # Such as a package that `report_to` or `optim` needs and that is not installed.
+        raise UserError(f"cannot set up the training: {error}") from error
     if trainer.is_world_process_zero():
         recipe = yaml.safe_dump(resolve(ARGUMENTS, argv), sort_keys=False, allow_unicode=True)
         write_atomically(os.path.join(output_dir, "recipe.yaml"), recipe)
 
     results: dict[str, Any] = {}
     if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+        metrics = {}
+        if resumed and is_finished(trainer, resumed):
+            restore_finished(trainer, resumed)
+        else:
+            metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+        if use_cache is not None:
+            # The Trainer turns the decoding state off for the training.
+            model.config.use_cache = use_cache
         trainer.save_model()
         trainer.save_state()
         if resumed:
             # The Trainer relates the losses and samples since the resume to steps and time of different runs.
             for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
-                del metrics[name]
+                metrics.pop(name, None)
             if (loss := mean_logged_loss(trainer.state.log_history)) is not None:
                 metrics["train_loss"] = loss
         results["best_epoch"] = best_epoch(trainer.state.log_history)

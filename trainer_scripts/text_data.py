@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,13 @@ _READERS = {"txt": "text", "parquet": "parquet", "json": "json", "jsonl": "json"
 @dataclass
 class DataArguments:
     """Which texts to train and evaluate on, and how they are cut into blocks."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "dataset_name": ("dataset_config_name", "train_file", "validation_file", "test_file"),
+        "train_file": ("dataset_name", "dataset_config_name", "validation_file", "test_file"),
+        "validation_file": ("dataset_name", "dataset_config_name"),
+        "test_file": ("dataset_name", "dataset_config_name"),
+    }
 
     dataset_name: str | None = field(
         default=None,
@@ -108,11 +116,11 @@ def load_texts(args: DataArguments) -> DatasetDict:
 
 
 def _load_file(path: str, args: DataArguments) -> Dataset:
-    suffix = Path(path).suffix.removeprefix(".")
+    if not os.path.isfile(path):
+        raise UserError(f"data file {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
+    suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in _READERS:
         raise UserError(f"{path}: the suffix .{suffix} is unknown; data files end in .{', .'.join(_READERS)}")
-    if not os.path.isfile(path):
-        raise UserError(f"data file {path} does not exist")
     if os.path.getsize(path) == 0:
         raise UserError(f"data file {path} is empty")
     if suffix != "parquet":
@@ -120,7 +128,12 @@ def _load_file(path: str, args: DataArguments) -> Dataset:
             # Binary data may well be valid UTF-8; text holds no zero bytes.
             if b"\0" in file.read(1 << 20):
                 raise UserError(f"data file {path} is not text: it holds zero bytes")
-    options = {"keep_linebreaks": args.keep_linebreaks} if suffix == "txt" else {}
+    options = {
+        # A byte order mark is no text.
+        "txt": {"keep_linebreaks": args.keep_linebreaks, "encoding": "utf-8-sig"},
+        # Words such as NA and None are text.
+        "csv": {"keep_default_na": False},
+    }.get(suffix, {})
     try:
         return load_dataset(_READERS[suffix], data_files=path, split="train", **options)
     except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
@@ -200,7 +213,10 @@ def load_blocks(
     blocks = {}
     for split in splits:
         if split not in texts:
-            raise UserError(f"there are no {split} data: the data have the splits {', '.join(texts)}")
+            raise UserError(
+                f"there are no {split} data: the data have the splits {', '.join(texts)}. Name a {split}_file, or data"
+                " with that split"
+            )
         tokens = tokenize(texts[split], tokenizer, args)
         source = args.files[split] or args.dataset_name
         if len(tokens) == 0:

@@ -27,6 +27,18 @@ def test_flags_override_the_recipe_and_the_rest_stands(recipe):
     assert model.config_overrides == {}
 
 
+def test_flags_replace_the_alternatives_that_the_recipe_names(recipe):
+    recipe.write_text(
+        "config_name: a\nconfig_overrides: {n_embd: 8}\ntokenizer_name: b\ndataset_name: c\ndataset_config_name: d\n"
+    )
+    model, data, _ = parse_run_clm(recipe, "--model_name_or_path=x", "--train_file", "y.txt")
+    assert (model.model_name_or_path, model.config_name, model.config_overrides) == ("x", None, None)
+    assert (model.tokenizer_name, data.dataset_name, data.dataset_config_name) == (None, None, None)
+    model, data, _ = parse_run_clm(recipe, "--dataset_name=e", "--tokenizer_name=f")
+    assert (model.config_name, model.config_overrides, model.tokenizer_name) == ("a", {"n_embd": 8}, "f")
+    assert (data.dataset_name, data.dataset_config_name) == ("e", None)
+
+
 def test_numbers_in_exponent_notation_are_numbers(recipe):
     recipe.write_text(
         "model_type: gpt2\nlearning_rate: 1e-3\nlr_scheduler_kwargs: {min_lr_rate: 1e-1}\nadam_epsilon: -1e-9\n"
@@ -64,6 +76,7 @@ def test_resolved_recipe_gives_the_same_arguments(recipe, tmp_path):
         ("- a\n- b\n", ["mapping", "list"]),
         ("", ["mapping"]),
         ("a: [\n", ["not valid YAML"]),
+        ("seed: 1\nseed: 2\n", ["not valid YAML", "seed is given twice"]),
     ],
 )
 def test_mistakes_in_a_recipe_name_the_file_and_the_key(recipe, text, words):

@@ -83,6 +83,21 @@ def test_run_killed_while_training_and_again_while_saving_loses_nothing(uninterr
     assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"])
 
 
+def test_finished_run_stays_as_it_is(uninterrupted, tmp_path, tiny_run):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    # With this schedule, another step would change the weights.
+    argv = [*tiny_run, *SCHEDULE, f"--output_dir={tmp_path / 'out'}", "--lr_scheduler_type=constant"]
+    run_clm.main([*argv, "--resume_from_checkpoint=true"])
+    names = sorted(path.name for path in uninterrupted.glob("checkpoint-*"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == names
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (uninterrupted, tmp_path / "out"))
+    for name in ("eval_perplexity", "best_epoch", "epoch"):
+        assert after[name] == before[name]
+    assert after["train_loss"] == pytest.approx(before["train_loss"])
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (uninterrupted, tmp_path / "out")]
+    assert weights[0] == weights[1]
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

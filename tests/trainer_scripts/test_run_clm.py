@@ -85,6 +85,25 @@ def test_two_processes_report_the_perplexity_of_the_model_they_save(tiny_run, te
     assert not is_complete(tmp_path / "checkpoint-5")
 
 
+def test_best_checkpoint_has_the_lowest_perplexity(tiny_run, tmp_path):
+    # Without greater_is_better, which the Trainer would guess wrongly.
+    options = ["--do_train", "--do_eval", "--max_steps=4", "--eval_strategy=steps", "--eval_steps=2", "--save_steps=2"]
+    best = ["--load_best_model_at_end", "--metric_for_best_model=perplexity", "--report_to=none"]
+    run_clm.main([*tiny_run, *options, *best, f"--output_dir={tmp_path / 'out'}"])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    lowest = min(entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["eval_perplexity"] == lowest
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
+
+
+def test_text_files_are_read_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\nthe cat\n")
+    (tmp_path / "a.TXT").write_bytes("\ufeffthe cat\n".encode())
+    for name, rows in [("a.csv", ["NA", "null", "the cat"]), ("a.TXT", ["the cat\n"])]:
+        args = DataArguments(test_file=str(tmp_path / name))
+        assert load_texts(args)["test"]["text"][:] == rows
+
+
 def test_tokenizer_ids_are_in_the_saved_configuration(trained):
     config = AutoModelForCausalLM.from_pretrained(trained).config
     tokenizer = AutoTokenizer.from_pretrained(trained)

@@ -67,12 +67,34 @@ def test_unusable_data_file(name, content, words, tmp_path, tiny_run, capsys):
         (["--resume_from_checkpoint=nowhere"], ["nowhere", "checkpoint"]),
         (["--tokenizer_name=./nowhere"], ["tokenizer", "nowhere"]),
         (["--model_type=grasman"], ["grasman"]),
+        (["--tokenizer_name=tests/nowhere"], ["tokenizer_name=tests/nowhere", "no such folder"]),
+        (["--dataloader_drop_last"], ["dataloader_drop_last", "whole"]),
+        (["--num_train_epochs=0"], ["num_train_epochs=0", "more than 0"]),
+        (["--per_device_train_batch_size=0"], ["per_device_train_batch_size=0", "at least 1"]),
+        (["--metric_for_best_model=accuracy"], ["metric_for_best_model=accuracy", "perplexity"]),
+        (["--report_to=wandb"], ["cannot set up the training", "wandb"]),
         (["--load_best_model_at_end", "--eval_strategy=epoch", "--save_strategy=steps"], ["load_best_model_at_end"]),
     ],
 )
 def test_impossible_arguments(changes, words, tmp_path, tiny_run, capsys):
     message = failure([*tiny_run, "--do_train", *changes], tmp_path / "out", capsys)
     assert all(word in message for word in words), message
+
+
+def test_output_folder_that_is_a_file(tmp_path, tiny_run, capsys):
+    path = tmp_path / "out"
+    path.write_text("mine")
+    with pytest.raises(SystemExit):
+        run_clm.main([*tiny_run, "--do_train", f"--output_dir={path}"])
+    assert f"{path} is not a folder" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_encoder_is_not_trained_as_a_causal_model(tmp_path, tiny_run, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = ["--model_type=bert", f"--config_overrides={json.dumps(sizes)}"]
+    message = failure([*tiny_run, "--do_train", *encoder], tmp_path / "out", capsys)
+    assert "BertLMHeadModel is not causal" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in bfloat16")
