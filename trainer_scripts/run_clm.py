@@ -204,20 +204,24 @@ def load_model(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedMode
         options["attn_implementation"] = args.attn_implementation
     try:
         if args.model_name_or_path:
-            return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **options)
+            name = find("model_name_or_path", args.model_name_or_path)
+            return AutoModelForCausalLM.from_pretrained(name, config=config, **options)
         return AutoModelForCausalLM.from_config(config, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot build the model: {error}") from error
 
 
-def check_causality(model: PreTrainedModel) -> None:
+def check_causality(model: PreTrainedModel, length: int) -> None:
     """
+    Args:
+        length: tokens to try it with, at most as many as the model has positions.
+
     Raises:
         UserError: if the model's prediction of a token depends on that token or later ones, as an encoder's does: its
             perplexity would mean nothing.
     """
     model.eval()
-    ids = torch.arange(8, device=model.device)[None]
+    ids = torch.arange(length, device=model.device)[None]
     other = ids.clone()
     other[0, -1] += 1
     with torch.inference_mode():
@@ -350,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before the construction, so that the seed also decides the initial weights.
     set_seed(training_args.seed)
     model = load_model(model_args, config)
-    check_causality(model)
+    check_causality(model, min(block_size, 8))
     use_cache = getattr(model.config, "use_cache", None)
     logger.info("%s with %.2fM parameters", type(model).__name__, model.num_parameters() / 1e6)
     logger.info("Blocks of %d tokens: %s", block_size, {split: len(rows) for split, rows in blocks.items()})
