@@ -121,6 +121,15 @@ class PluckerCacheLayer(CacheLayerMixin):
         self.values = self.values[:, end - self.window : end]
         self.cumulative_length -= removed
 
+    def offload(self) -> None:
+        """
+        Nothing: an offloaded cache leaves this state where it is. It takes a few kilobytes per row, and blocks of its
+        one small size would be handed from stream to stream by the allocator while a kernel still reads them.
+        """
+
+    def prefetch(self) -> None:
+        """Nothing: the state never leaves its device."""
+
     def reset(self) -> None:
         if self.is_initialized and self.keys.shape[1] > self.window:
             self.keys, self.values = self.keys[:, -self.window :], self.values[:, -self.window :]

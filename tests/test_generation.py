@@ -288,6 +288,18 @@ def test_crop_refuses_what_it_cannot_take_back(make_cache, make_model, make_ids)
         cache.crop(-4)
 
 
+def test_offloading_leaves_the_small_state_untouched(make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(2, 12)
+    cache = make_cache(model.config)
+    model(ids[:, :7], past_key_values=cache)
+    for layer in cache.layers:
+        keys, values = layer.keys, layer.values
+        layer.offload()
+        layer.prefetch()
+        assert layer.keys is keys and layer.values is values
+    assert_equal(continued_logits(model, cache, ids[:, 7:]), model(ids).logits[:, 7:])
+
+
 @pytest.mark.parametrize("recording", [False, True], ids=["plain", "recording"])
 def test_a_reset_state_is_as_good_as_new(recording, make_cache, make_model, make_ids, flavour):
     model = make_model(**flavour)
