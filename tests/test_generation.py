@@ -133,12 +133,16 @@ def test_prompt_lookup_gives_the_uncached_tokens(make_model, make_ids, flavour):
     assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=4), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_a_conversation_continues_from_the_returned_state(options, make_cache, make_model, make_ids, flavour):
-    if "prompt_lookup_num_tokens" in options and make_cache is CACHES["static"]:
-        pytest.skip("Transformers has no assisted generation with a static cache")
+# Transformers has no prompt lookup with a static cache.
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, options) for kind in CACHES for options in ({}, {"prefill_chunk_size": 2})]
+    + [("dynamic", {"prompt_lookup_num_tokens": 3})],
+    ids=str,
+)
+def test_a_conversation_continues_from_the_returned_state(kind, options, make_model, make_ids, flavour):
     model, ids = make_model(**flavour), make_ids(1, 6)
-    cache = make_cache(model.config)
+    cache = CACHES[kind](model.config)
     for turn in range(3):
         expected = model.generate(ids, max_new_tokens=7, do_sample=False, use_cache=False)
         ids = model.generate(ids, max_new_tokens=7, do_sample=False, past_key_values=cache, **options)
