@@ -172,7 +172,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
             total = attention_mask.shape[1]
         if total == length and past_key_values is not None:
             position_ids = position_ids + past_key_values.layers[0].next_positions()
-            if not torch.compiler.is_compiling():
+            # Reading the count waits for the device: not without a table that it could run past.
+            if self.embed_positions is not None and not torch.compiler.is_compiling():
                 total += int(past_key_values.get_seq_length())
         self.check_length(total, position_ids)
         return position_ids

@@ -292,23 +292,24 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
-def is_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """Whether the checkpoint is that of the run's last step. The Trainer would train for one more step."""
-    args = trainer.args
+def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """
+    If the checkpoint is that of the run's last step, give the trainer the state and the model with which the run
+    ended; the Trainer itself would train for one more step. Returns whether it is.
+    """
+    args, state = trainer.args, TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     steps = args.max_steps
     if steps <= 0:
         per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
         steps = math.ceil(args.num_train_epochs * per_epoch)
-    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step >= steps
-
-
-def restore_finished(trainer: Trainer, checkpoint: str) -> None:
-    """Give the trainer the state and the model with which the finished run ended."""
-    trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    if state.global_step < steps:
+        return False
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
     saved = type(trainer.model).from_pretrained(best or checkpoint)
     trainer.model.load_state_dict(saved.state_dict())
-    logger.info("The run is complete: %d steps were trained before", trainer.state.global_step)
+    trainer.state = state
+    logger.info("The run is complete: %d steps were trained before", state.global_step)
+    return True
 
 
 def setup_logging(args: TrainingArguments) -> None:
@@ -380,11 +381,8 @@ def main(argv: list[str] | None = None) -> None:
 
     results: dict[str, Any] = {}
     if training_args.do_train:
-        metrics = {}
-        if resumed and is_finished(trainer, resumed):
-            restore_finished(trainer, resumed)
-        else:
-            metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+        finished = resumed is not None and restore_finished(trainer, resumed)
+        metrics = {} if finished else trainer.train(resume_from_checkpoint=resumed).metrics
         if use_cache is not None:
             # The Trainer turns the decoding state off for the training.
             model.config.use_cache = use_cache
