@@ -6,13 +6,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .cache_grassmann import PluckerCacheLayer
 from .configuration_grassmann import GrassmannConfig
+from .configuration_grassmann_plucker import GrassmannPluckerConfig
 from .modeling_grassmann import (
     GrassmannForCausalLM,
     GrassmannForSequenceClassification,
     GrassmannModel,
     GrassmannPreTrainedModel,
 )
-from .plucker import PluckerMixer, PluckerProjection, plucker_features, wedge
+from .modeling_grassmann_plucker import GrassmannPluckerForSequenceClassification
+from .plucker import (
+    PluckerMixer,
+    PluckerProjection,
+    PluckerWindowMixer,
+    plucker_features,
+    plucker_window_features,
+    wedge,
+)
 
 
 __version__ = "0.1.0"
@@ -22,15 +31,22 @@ AutoModel.register(GrassmannConfig, GrassmannModel)
 AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM)
 AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification)
 
+AutoConfig.register("grassmann_plucker", GrassmannPluckerConfig)
+AutoModelForSequenceClassification.register(GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification)
+
 __all__ = [
     "GrassmannConfig",
     "GrassmannForCausalLM",
     "GrassmannForSequenceClassification",
     "GrassmannModel",
+    "GrassmannPluckerConfig",
+    "GrassmannPluckerForSequenceClassification",
     "GrassmannPreTrainedModel",
     "PluckerCacheLayer",
     "PluckerMixer",
     "PluckerProjection",
+    "PluckerWindowMixer",
     "plucker_features",
+    "plucker_window_features",
     "wedge",
 ]

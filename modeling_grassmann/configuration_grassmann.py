@@ -9,6 +9,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # The paper's six offsets; a model with N layers gives each of them to about N / 6 neighbouring layers.
 PAPER_OFFSETS = (1, 2, 4, 8, 12, 16)
+# Ways to make one vector of a row's tokens.
+POOLINGS = ("first", "last", "mean")
 
 
 @strict
@@ -57,6 +59,9 @@ class GrassmannConfig(PreTrainedConfig):
             Dropout of the embeddings.
         is_causal (`bool`, *optional*, defaults to `True`):
             `False` lets each offset look ahead as well, for encoders.
+        classifier_pooling (`str`, *optional*):
+            Which of a row's real tokens `GrassmannForSequenceClassification` classifies: `"last"`, the default of
+            causal models, `"first"`, or the `"mean"` of all, the default with `is_causal=False`.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
@@ -106,6 +111,7 @@ class GrassmannConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.1
     embedding_dropout: float | int = 0.1
     is_causal: bool = True
+    classifier_pooling: str | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -119,6 +125,8 @@ class GrassmannConfig(PreTrainedConfig):
         if self.offsets is None:
             per_layer = (i * len(PAPER_OFFSETS) // self.num_hidden_layers for i in range(self.num_hidden_layers))
             self.offsets = [[PAPER_OFFSETS[index]] for index in per_layer]
+        if self.classifier_pooling is None:
+            self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
 
     @property
@@ -160,6 +168,8 @@ class GrassmannConfig(PreTrainedConfig):
     def validate_choices(self):
         if self.norm_placement not in ("post", "pre"):
             raise ValueError(f'`norm_placement` must be "post" or "pre", got {self.norm_placement!r}.')
+        if self.classifier_pooling not in POOLINGS:
+            raise ValueError(f"`classifier_pooling` must be one of {POOLINGS}, got {self.classifier_pooling!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
 

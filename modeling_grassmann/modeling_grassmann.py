@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -38,23 +39,35 @@ class GrassmannMLP(nn.Module):
         return self.dropout(self.down_proj(hidden_states))
 
 
+def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer:
+    return PluckerMixer(
+        config.hidden_size,
+        config.reduced_size,
+        config.layer_offsets[layer_idx],
+        is_causal=config.is_causal,
+        num_heads=config.num_plucker_heads,
+        learned_offset_weights=config.learned_offset_weights,
+        separate_past_projection=config.separate_past_projection,
+        out_proj=config.mixer_out_proj,
+        plucker_eps=config.plucker_eps,
+        layer_norm_eps=config.layer_norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
 class GrassmannBlock(GradientCheckpointingLayer):
-    def __init__(self, config: GrassmannConfig, layer_idx: int):
+    """
+    A mixer and a feed-forward network, placed as `config.norm_placement` says.
+
+    Args:
+        config: the fields of a feed-forward network and its norms.
+        mixer (`nn.Module`): maps `(B, T, d)`, and what else the block is called with, to `(B, T, d)`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, mixer: nn.Module):
         super().__init__()
         self.pre_norm = config.norm_placement == "pre"
-        self.mixer = PluckerMixer(
-            config.hidden_size,
-            config.reduced_size,
-            config.layer_offsets[layer_idx],
-            is_causal=config.is_causal,
-            num_heads=config.num_plucker_heads,
-            learned_offset_weights=config.learned_offset_weights,
-            separate_past_projection=config.separate_past_projection,
-            out_proj=config.mixer_out_proj,
-            plucker_eps=config.plucker_eps,
-            layer_norm_eps=config.layer_norm_eps,
-            layer_idx=layer_idx,
-        )
+        self.mixer = mixer
         self.mlp = GrassmannMLP(config)
         if self.pre_norm:
             self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -64,16 +77,15 @@ class GrassmannBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        positions: torch.Tensor,
-        past_key_values: Cache | None = None,
+        *mixer_args: torch.Tensor | Cache | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         if self.pre_norm:
-            mixed = self.mixer(self.mixer_norm(hidden_states), positions, past_key_values)
+            mixed = self.mixer(self.mixer_norm(hidden_states), *mixer_args)
             hidden_states = hidden_states + self.dropout(mixed)
             return hidden_states + self.mlp(self.mlp_norm(hidden_states))
         # The gate itself carries the hidden states over: the paper adds no residual around the mixer.
-        hidden_states = self.dropout(self.mixer(hidden_states, positions, past_key_values))
+        hidden_states = self.dropout(self.mixer(hidden_states, *mixer_args))
         return self.mlp_norm(hidden_states + self.mlp(hidden_states))
 
 
@@ -112,7 +124,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(
-            [GrassmannBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+            [GrassmannBlock(config, make_mixer(config, layer_idx)) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -226,7 +238,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, positions, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, positions, past_key_values, **kwargs)
 
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
@@ -318,6 +330,24 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         )
 
 
+def pool(hidden_states: torch.Tensor, real: torch.Tensor, pooling: str) -> torch.Tensor:
+    """
+    One vector a row, from its real tokens alone: `(B, T, d)` -> `(B, d)`.
+
+    Args:
+        real (boolean `torch.Tensor` of shape `(B, T)`): which tokens are no padding.
+        pooling (`str`): `"mean"`, `"first"` or `"last"`: over, or of, the real tokens.
+    """
+    real = real.to(hidden_states.device)
+    if pooling == "mean":
+        # Not a product with the mask: what padding holds must not matter, not even if it is infinite.
+        total = hidden_states.masked_fill(~real[..., None], 0).sum(1)
+        return total / real.sum(1, keepdim=True).clamp(min=1)
+    index = torch.arange(real.shape[1], device=real.device)
+    index = (real * (index if pooling == "last" else index.flip(0) + 1)).argmax(-1)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=real.device), index]
+
+
 @auto_docstring
 class GrassmannForSequenceClassification(GenericForSequenceClassification, GrassmannPreTrainedModel):
     @can_return_tuple
@@ -342,31 +372,28 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
-
-        batch_size, length = logits.shape[:2]
+        hidden_states = outputs.last_hidden_state
+        batch_size, length = hidden_states.shape[:2]
         if self.config.pad_token_id is None and batch_size > 1:
             raise ValueError(
                 f"`pad_token_id` must be a token id to classify a batch of {batch_size} rows, got None: without it, "
                 "the last token of each row cannot be told from padding. Set `model.config.pad_token_id`."
             )
-        # Each row is classified by its last real token, to the left or to the right of its padding.
         if attention_mask is not None:
             real = attention_mask[:, -length:] != 0
         elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         else:
-            real = torch.ones(batch_size, length, dtype=torch.bool, device=logits.device)
-        last = (torch.arange(length, device=logits.device) * real.to(logits.device)).argmax(-1)
-        pooled_logits = logits[torch.arange(batch_size, device=logits.device), last]
+            real = hidden_states.new_ones(batch_size, length, dtype=torch.bool)
+        logits = self.score(pool(hidden_states, real, self.config.classifier_pooling))
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
 
         return SequenceClassifierOutputWithPast(
             loss=loss,
-            logits=pooled_logits,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

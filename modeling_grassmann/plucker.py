@@ -114,32 +114,67 @@ def plucker_features_naive(query, source, weight, bias, offsets, positions, offs
     return total / count.clamp(min=1)
 
 
-def plucker_features_collapsed(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
-    """[`plucker_features`] by the exact collapse: one wedge and one projection per token."""
-    num_heads, reduced_size = query.shape[2:]
-    square = query.square().sum(-1, keepdim=True)
-    nonzero = square > 0
-    direction = query * torch.where(nonzero, square, 1).rsqrt()  # (B, T, H, r)
-    tangent, count = 0.0, 0
-    for index, delta in enumerate(offsets):
-        past = shift(source, delta, query.shape[1])
-        pair = is_pair(positions, delta, query.shape[1])[..., None]  # (B, T, 1)
-        perpendicular = past - (direction * past).sum(-1, keepdim=True) * direction
-        square = perpendicular.square().sum(-1, keepdim=True)
-        spans = pair[..., None] & nonzero & (square > eps**2 * past.square().sum(-1, keepdim=True))
-        unit = torch.where(spans, perpendicular * torch.where(spans, square, 1).rsqrt(), 0)
-        if offset_weights is not None:
-            unit = unit * offset_weights[:, index, None]
-        tangent = tangent + unit
-        count = count + pair
-    tangent = tangent / count.clamp(min=1)[..., None]
-    if query.shape[1] == 1:
+def unit(vectors: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
+    """Scale `(..., r)` to unit norm where `nonzero` `(..., 1)`, and to exact zeros with zero gradients elsewhere."""
+    square = vectors.square().sum(-1, keepdim=True)
+    return torch.where(nonzero, vectors * torch.where(nonzero, square, 1).rsqrt(), 0)
+
+
+def unit_tangent(direction: torch.Tensor, neighbour: torch.Tensor, pair: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    Unit vector perpendicular to `direction` in its plane with `neighbour`; zeros where there is no pair or no plane.
+
+    Args:
+        direction (`torch.Tensor` of shape `(..., r)`): of unit norm, or zero.
+        neighbour (`torch.Tensor` of shape `(..., r)`): the vectors that span planes with it.
+        pair (boolean `torch.Tensor` of shape `(..., 1)`): which of them count.
+        eps (`float`): sine of the angle up to which two vectors count as parallel.
+
+    Returns:
+        `torch.Tensor` of shape `(..., r)`.
+    """
+    perpendicular = neighbour - (direction * neighbour).sum(-1, keepdim=True) * direction
+    square = perpendicular.square().sum(-1, keepdim=True)
+    return unit(perpendicular, pair & (square > eps**2 * neighbour.square().sum(-1, keepdim=True)))
+
+
+def project_planes(direction, tangent, weight, bias, has_pair) -> torch.Tensor:
+    """
+    `W (direction ∧ tangent) + b`, without bias where a token has no pair: what is left to do after the collapse.
+
+    Args:
+        direction, tangent (`torch.Tensor` of shape `(B, T, H, r)`): both factors of the wedge.
+        weight (`torch.Tensor` of shape `(d, H * P)`), bias (`torch.Tensor` of shape `(d,)`, *optional*): `W`, `b`.
+        has_pair (boolean `torch.Tensor` of shape `(B, T, 1)`): whether a token has a pair.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, d)`.
+    """
+    num_heads, reduced_size = direction.shape[2:]
+    if direction.shape[1] == 1:
         # In a decoding step, writing out the matrices would cost more than everything else.
         features = F.linear(wedge(direction, tangent).flatten(2).to(weight.dtype), weight)
     else:
         outer = (direction[..., :, None] * tangent[..., None, :]).flatten(2)  # (B, T, H, r, r) -> (B, T, H * r * r)
         features = F.linear(outer.to(weight.dtype), antisymmetric_matrices(weight, num_heads, reduced_size))
-    return features if bias is None else features + bias * (count > 0)
+    return features if bias is None else features + bias * has_pair
+
+
+def plucker_features_collapsed(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
+    """[`plucker_features`] by the exact collapse: one wedge and one projection per token."""
+    nonzero = query.square().sum(-1, keepdim=True) > 0
+    direction = unit(query, nonzero)  # (B, T, H, r)
+    tangent, count = 0.0, 0
+    for index, delta in enumerate(offsets):
+        past = shift(source, delta, query.shape[1])
+        pair = is_pair(positions, delta, query.shape[1])[..., None]  # (B, T, 1)
+        tangents = unit_tangent(direction, past, pair[..., None] & nonzero, eps)
+        if offset_weights is not None:
+            tangents = tangents * offset_weights[:, index, None]
+        tangent = tangent + tangents
+        count = count + pair
+    tangent = tangent / count.clamp(min=1)[..., None]
+    return project_planes(direction, tangent, weight, bias, count > 0)
 
 
 BACKENDS = {"naive": plucker_features_naive, "torch": plucker_features_collapsed}
@@ -211,6 +246,83 @@ def plucker_features(
     return BACKENDS[backend](query, source, weight, bias, offsets, positions, offset_weights, eps)
 
 
+def window_pair_weights(window_size: int, num_heads: int, pair_sharing: str) -> torch.Tensor:
+    """
+    Which mixing head takes which pair of a window's tokens, and with which sign it reaches either of them.
+
+    The plane of a pair is `z_i ∧ z_j` with `i < j`, for both of its tokens; seen from `j` it is `-(z_j ∧ z_i)`.
+
+    Args:
+        window_size (`int`): `W`.
+        num_heads (`int`): `H`.
+        pair_sharing (`str`): `"distance"`: a head takes the pairs at every H-th distance; `"enumeration"`: every H-th
+            pair in the order of `torch.triu_indices`.
+
+    Returns:
+        `torch.Tensor` of shape `(H, W, W)`, antisymmetric in the last two dimensions: 1, -1 and, where the head does
+        not have the pair, 0.
+    """
+    i, j = torch.triu_indices(window_size, window_size, offset=1)
+    head = (j - i - 1 if pair_sharing == "distance" else torch.arange(i.shape[0])) % num_heads
+    weights = torch.zeros(num_heads, window_size, window_size)
+    weights[head, i, j] = 1.0
+    weights[head, j, i] = -1.0
+    return weights
+
+
+def plucker_window_features(
+    reduced: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pair_weights: torch.Tensor,
+    real: torch.Tensor,
+    window_stride: int,
+    eps: float = 1e-3,
+) -> torch.Tensor:
+    r"""
+    [`plucker_features`] with other pairs: each token with all others of its windows, ahead and behind. It is the mean
+    over these pairs of :math:`\pm W_h \hat p + b`, with the head `h` that takes the pair, by the exact collapse.
+
+    Windows of `W` tokens start at every multiple of `window_stride`, and before the first token as long as they reach
+    it, so that every token lies in `W / window_stride` windows. Pairs count once for each window they share.
+
+    Args:
+        reduced (`torch.Tensor` of shape `(B, T, H, r)`):
+            Reduced vectors of the tokens, `H` heads of size `r`. Norms are computed in float32 or better.
+        weight (`torch.Tensor` of shape `(d, H * P)`), bias (`torch.Tensor` of shape `(d,)`, *optional*):
+            As in [`plucker_features`].
+        pair_weights (`torch.Tensor` of shape `(H, W, W)`):
+            Factors of the unit planes `z_i ∧ z_j`, seen from `i`: [`window_pair_weights`].
+        real (boolean `torch.Tensor` of shape `(B, T)`):
+            Which tokens are no padding.
+        window_stride (`int`):
+            A divisor of `W`.
+        eps (`float`, *optional*, defaults to 1e-3):
+            Sine of the angle up to which two vectors count as parallel.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, d)`.
+    """
+    length, window_size = reduced.shape[1], pair_weights.shape[-1]
+    reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
+    direction = unit(reduced, reduced.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
+    other = ~torch.eye(window_size, dtype=torch.bool, device=reduced.device)
+    tangent, count = 0.0, 0
+    for front in range(0, window_size, window_stride):
+        padding = (front, -(front + length) % window_size)
+        z, z_hat = (
+            F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)) for vectors in (reduced, direction)
+        )  # (B, N, W, H, r)
+        inside = F.pad(real, padding).unflatten(1, (-1, window_size))  # (B, N, W)
+        pair = inside[..., :, None] & inside[..., None, :] & other  # (B, N, W, W)
+        tangents = unit_tangent(z_hat[:, :, :, None], z[:, :, None], pair[..., None, None], eps)  # (B, N, W, W, H, r)
+        tangents = torch.einsum("bnijhr,hij->bnihr", tangents, pair_weights.to(tangents.dtype))
+        tangent = tangent + tangents.flatten(1, 2)[:, front : front + length]  # (B, N, W, H, r) -> (B, T, H, r)
+        count = count + pair.sum(-1).flatten(1, 2)[:, front : front + length, None]  # (B, N, W) -> (B, T, 1)
+    tangent = tangent / count.clamp(min=1)[..., None]
+    return project_planes(direction, tangent, weight, bias, count > 0)
+
+
 class PluckerProjection(nn.Module):
     """
     Parameters of [`plucker_features`]. Not an `nn.Linear`: the Plücker coordinates that it would be applied to are
@@ -262,6 +374,13 @@ class PluckerProjection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"plucker_coordinates={self.weight.shape[1]}, hidden_size={self.weight.shape[0]}, eps={self.eps}"
+
+
+def gated_mix(hidden_states: torch.Tensor, features: torch.Tensor, gate_proj: nn.Linear) -> torch.Tensor:
+    """`α h + (1 - α) g` with `α = σ(W_gate [h; g] + b)`, all of shape `(B, T, d)`."""
+    gate = torch.sigmoid(gate_proj(torch.cat([hidden_states, features], dim=-1)))
+    # In fewer passes over memory than as it is written above.
+    return features + gate * (hidden_states - features)
 
 
 class PluckerMixer(nn.Module):
@@ -360,9 +479,71 @@ class PluckerMixer(nn.Module):
         source = source.unflatten(-1, (self.num_heads, -1))  # (B, S, H, r)
 
         features = self.plucker_proj(query, source, self.offsets, positions, self.backend)  # (B, T, d)
-        gate = torch.sigmoid(self.gate_proj(torch.cat([hidden_states, features], dim=-1)))
-        # gate * hidden_states + (1 - gate) * features, in fewer passes over memory.
-        mixed = features + gate * (hidden_states - features)
+        mixed = gated_mix(hidden_states, features, self.gate_proj)
         if self.out_proj is not None:
             mixed = self.out_proj(mixed)
         return self.norm(mixed)
+
+
+class PluckerWindowMixer(nn.Module):
+    r"""
+    [`PluckerMixer`] over windows: each token is paired with all others of its windows, and mixing heads share out the
+    pairs. The paper's classification head is made of such layers.
+
+    Args:
+        hidden_size (`int`): `d`.
+        reduced_size (`int`): size of the reduced vectors, over all heads; each head has planes in R^(size / heads).
+        window_size (`int`): number of tokens in a window.
+        window_stride (`int`): distance between the starts of windows, a divisor of `window_size`.
+        num_heads (`int`, *optional*, defaults to 1): heads that share out the pairs.
+        pair_sharing (`str`, *optional*, defaults to `"distance"`): how they do, see [`window_pair_weights`].
+        plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5): of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        reduced_size: int,
+        window_size: int,
+        window_stride: int,
+        num_heads: int = 1,
+        pair_sharing: str = "distance",
+        plucker_eps: float = 1e-3,
+        layer_norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.window_stride = window_stride
+        self.num_heads = num_heads
+        self.pair_sharing = pair_sharing
+        self.reduce = nn.Linear(hidden_size, reduced_size)
+        self.plucker_proj = PluckerProjection(
+            hidden_size, reduced_size // num_heads, num_offsets=0, num_heads=num_heads, eps=plucker_eps
+        )
+        self.gate_proj = nn.Linear(2 * hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.register_buffer(
+            "pair_weights", window_pair_weights(window_size, num_heads, pair_sharing), persistent=False
+        )
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): the tokens.
+            real (boolean `torch.Tensor` of shape `(B, T)`): which of them are no padding.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, d)`.
+        """
+        reduced = self.reduce(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, r)
+        features = plucker_window_features(
+            reduced,
+            self.plucker_proj.weight,
+            self.plucker_proj.bias,
+            self.pair_weights,
+            real,
+            self.window_stride,
+            self.plucker_proj.eps,
+        )
+        return self.norm(gated_mix(hidden_states, features, self.gate_proj))
