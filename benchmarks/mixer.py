@@ -9,17 +9,15 @@ both. Before anything is timed, their outputs and gradients must agree.
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timing import TimingArguments, markdown, median_and_iqr, milliseconds, start_record, write_record
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
@@ -30,7 +28,7 @@ BACKENDS = ("naive", "torch")
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(TimingArguments):
     """Shapes, device and number of repeats."""
 
     batch_size: int = field(default=16, metadata={"help": "Sequences."})
@@ -43,26 +41,8 @@ class BenchmarkArguments:
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Type of weights and inputs."}
     )
-    device: Literal["auto", "cpu", "cuda"] = field(
-        default="auto", metadata={"help": "Where to run; auto takes the GPU if there is one."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads, by default PyTorch's own choice."})
-    repeats: int = field(default=20, metadata={"help": "Timed runs of each backend and pass."})
-    warmup: int = field(default=3, metadata={"help": "Runs before them."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write the results to."})
 
-    def __post_init__(self):
-        for name in ("batch_size", "length", "hidden_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda, but PyTorch finds no GPU")
+    POSITIVE = ("batch_size", "length", "hidden_size", "repeats")
 
 
 def build_passes(args: BenchmarkArguments) -> dict[str, dict[str, Callable[[], list[torch.Tensor]]]]:
@@ -107,21 +87,6 @@ def relative_error(results: list[torch.Tensor], reference: list[torch.Tensor]) -
         # Where no token has a neighbour, some gradients are exactly zero.
         errors.append(difference / expected.detach().double().norm().clamp(min=torch.finfo(torch.double).tiny))
     return torch.stack(errors).max().item()
-
-
-def milliseconds(function: Callable[[], Any], device: str) -> float:
-    """Time of one call; on a GPU until its work is done."""
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:
@@ -172,12 +137,10 @@ def measure(passes: dict[str, dict[str, Callable]], args: BenchmarkArguments) ->
     results = {name: {} for name in passes}
     for name, functions in passes.items():
         for backend in BACKENDS:
-            samples = torch.tensor(times[name][backend], dtype=torch.double)
-            low, median, high = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.double)).tolist()
+            row = median_and_iqr(times[name][backend])
             results[name][backend] = {
-                "median_ms": median,
-                "iqr_ms": high - low,
-                "ns_per_token": median * 1e6 / tokens,
+                **row,
+                "ns_per_token": row["median_ms"] * 1e6 / tokens,
                 "peak_bytes": peak_memory(functions[backend], args.device),
             }
         naive, collapsed = (results[name][backend] for backend in BACKENDS)
@@ -198,50 +161,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             else:
                 cells = [f"{row['median_ms']:.2f}x", "", f"{row['ns_per_token']:.2f}x", f"{row['peak_bytes']:.2f}x"]
             rows.append([name, backend, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ]
-        for row in rows
-    ]
-    lines.insert(1, ["-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Commit of this file's checkout (None outside of one), device, CPU threads and version of PyTorch."""
-    return {
-        "commit": git_commit(),
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that holds this file, with `-dirty` after it if tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("-dirty" if changes else "")
-
-
-def cpu_name() -> str:
-    """Model of the CPU, as far as the operating system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return markdown(rows, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,12 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 
-    record = {**environment(args.device), **asdict(args)}
-    # Where the results go is no part of them, and the threads in use are already there.
-    del record["output"], record["threads"]
-    for name, value in record.items():
-        print(f"{name}: {value}")
-
+    record = start_record(args)
     naive, collapsed = (function() for function in passes["forward+backward"].values())
     record["relative_error"] = relative_error(collapsed, naive)
     tolerance = torch.finfo(getattr(torch, args.dtype)).eps ** 0.5
@@ -271,11 +186,7 @@ def main(argv: list[str] | None = None) -> None:
 
     record["results"] = measure(passes, args)
     print(table(record["results"]))
-    if args.output:
-        try:
-            Path(args.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            parser.exit(2, f"error: cannot write {args.output}: {error.strerror}\n")
+    write_record(record, args.output, parser)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
-from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM
+from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, GrassmannPluckerForSequenceClassification
 
 
 # Threads cost tiny tensors more time than they save, and the tests themselves run in several processes.
@@ -25,6 +26,63 @@ FLAVOURS = {
     "no_positions": {"max_position_embeddings": None},
     "mixer_out_proj": {"mixer_out_proj": True, "tie_word_embeddings": False},
 }
+BERT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+GRASSMANN = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "reduced_size": 4,
+    "offsets": [[1], [2]],
+    "max_position_embeddings": 64,
+    "hidden_dropout": 0.0,
+    "embedding_dropout": 0.0,
+}
+# Text encoders that a classification head may stand on: model type and configuration.
+BACKBONES = {
+    "distilbert": (
+        "distilbert",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "bert": ("bert", BERT),
+    "roberta": ("roberta", BERT | {"max_position_embeddings": 80}),
+    "electra": ("electra", BERT | {"embedding_size": 12}),
+    "albert": ("albert", BERT | {"embedding_size": 12}),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "grassmann": ("grassmann", GRASSMANN | {"is_causal": False}),
+    "grassmann_causal": ("grassmann", GRASSMANN),
+}
+HEADS = ("grassmann", "transformer", "linear")
 
 
 @pytest.fixture(scope="session", params=FLAVOURS.values(), ids=FLAVOURS.keys())
@@ -71,5 +129,55 @@ def make_ids():
     def make(*shape, seed=1):
         """Token ids without the padding id, 0."""
         return torch.randint(1, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session", params=BACKBONES)
+def backbone(request):
+    """Name of each kind of backbone in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=HEADS)
+def head_type(request):
+    """Each kind of classification head in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_backbone():
+    def make(name="distilbert", seed=0, **overrides):
+        model_type, fields = BACKBONES[name]
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **(fields | overrides))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_classifier(make_backbone):
+    def make(backbone="distilbert", seed=0, **overrides):
+        """A tiny backbone with a head whose every weight matters."""
+        fields = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 24,
+            "reduced_size": 8,
+            "hidden_dropout": 0.0,
+            "num_labels": 3,
+        }
+        model = GrassmannPluckerForSequenceClassification.from_backbone(
+            make_backbone(backbone, seed), **(fields | overrides)
+        )
+        with torch.no_grad():
+            for parameter in [*model.head.parameters(), *model.classifier.parameters()]:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        return model
 
     return make

@@ -1,9 +1,12 @@
 import json
 import math
 
+import heads
 import mixer
 import pytest
+import timing
 import torch
+from transformers import DistilBertConfig, DistilBertModel
 
 from modeling_grassmann import plucker
 
@@ -86,7 +89,7 @@ def test_prints_and_writes_what_was_measured(dtype, tmp_path, capsys):
             assert f"{row['median_ms']:.2f}" in printed and f"{row['peak_bytes'] / 2**20:.2f}" in printed
         naive, collapsed = backends["naive"], backends["torch"]
         assert backends["naive/torch"]["peak_bytes"] == naive["peak_bytes"] / collapsed["peak_bytes"]
-    assert record["device"] == "cpu" and f"device_name: {mixer.cpu_name()}" in printed
+    assert record["device"] == "cpu" and f"device_name: {timing.cpu_name()}" in printed
     assert f"torch: {torch.__version__}" in printed
     assert record["dtype"] == dtype and record["offsets"] == [1, 2]
     assert "output" not in record
@@ -130,3 +133,99 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(flags, message, capsys):
 def test_runs_on_a_gpu(capsys):
     mixer.main([*QUICK, "--device", "cuda"])
     assert torch.cuda.get_device_name() in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """Folder of a tiny encoder."""
+    folder = tmp_path_factory.mktemp("backbone")
+    config = DistilBertConfig(vocab_size=50, max_position_embeddings=16, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    DistilBertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def quick_heads(backbone):
+    sizes = ["--batch_size", "4", "--length", "9", "--repeats", "2", "--warmup", "0"]
+    return ["--device", "cpu", "--backbone", backbone, *sizes]
+
+
+def parse_heads(flags):
+    return heads.HfArgumentParser(heads.HeadArguments).parse_args_into_dataclasses(flags)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_prints_and_writes_what_was_measured(dtype, quick_heads, tmp_path, capsys):
+    output = tmp_path / "heads.json"
+    heads.main([*quick_heads, "--dtype", dtype, "--output", str(output)])
+    printed = capsys.readouterr().out
+    record = json.loads(output.read_text())
+
+    assert list(record["results"]) == ["training, frozen", "training, fine-tuned", "inference"]
+    for rows in record["results"].values():
+        assert list(rows) == ["grassmann", "transformer", "linear"]
+        for head, row in rows.items():
+            assert row["examples_per_second"] == pytest.approx(4e3 / row["median_ms"]) and row["iqr_ms"] >= 0
+            cells = [head, f"{record['head_parameters'][head]:,}", f"{row['median_ms']:.2f}"]
+            assert any(all(cell in line for cell in cells) for line in printed.splitlines())
+    # 16 weights and a bias for each of 3 classes.
+    assert record["head_parameters"]["linear"] == 51
+    assert record["dtype"] == dtype and record["device"] == "cpu" and record["batch_size"] == 4
+    assert f"device_name: {timing.cpu_name()}" in printed and f"torch: {torch.__version__}" in printed
+    assert "commit" in record and "output" not in record
+
+
+@pytest.mark.parametrize("head", heads.HEADS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_training_step_updates_what_is_not_frozen(head, frozen, quick_heads, backbone):
+    args = parse_heads(quick_heads)
+    encoder = heads.load_backbone(backbone)
+    model = heads.make_model(encoder, head, frozen, "cpu")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    heads.training(model, heads.make_inputs(encoder, args), args)()
+    changed = {name for name, weight in model.named_parameters() if not weight.equal(before[name])}
+    assert any(name.startswith("backbone.") for name in changed) is not frozen
+    assert any(name.startswith("classifier.") for name in changed)
+    # The encoder itself stays as it is for the next model.
+    assert all(weight.equal(before[f"backbone.{name}"]) for name, weight in encoder.named_parameters())
+
+
+def test_inference_keeps_no_graph_and_has_no_dropout(quick_heads, backbone):
+    args = parse_heads(quick_heads)
+    encoder = heads.load_backbone(backbone)
+    forward = heads.inference(
+        heads.make_model(encoder, "grassmann", False, "cpu"), heads.make_inputs(encoder, args), args
+    )
+    assert forward().shape == (4, 3) and not forward().requires_grad
+    assert forward().equal(forward())
+
+
+def test_examples_are_padded_on_the_right_down_to_half_of_the_longest(quick_heads, backbone):
+    inputs = heads.make_inputs(heads.load_backbone(backbone), parse_heads(quick_heads))
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [9, 8, 6, 5]
+    assert inputs["attention_mask"][:, 0].all() and inputs["input_ids"].shape == (4, 9)
+
+
+def test_each_head_goes_first_in_turn(quick_heads, monkeypatch):
+    calls = []
+    passes = {"pass": {head: lambda head=head: calls.append(head) for head in heads.HEADS}}
+    heads.measure(passes, parse_heads([*quick_heads, "--repeats", "3"]))
+    assert calls[::3] == list(heads.HEADS) and sorted(calls) == sorted(heads.HEADS * 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--length", "17"], "length must be at most 16, the positions of the backbone, got 17"),
+        (["--backbone", "./nowhere"], "nowhere"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--output", "/dev/null/heads.json"], "cannot write"),
+    ],
+)
+def test_a_wrong_argument_of_heads_is_one_line_and_exit_code_2(flags, message, quick_heads, capsys):
+    with pytest.raises(SystemExit) as exit:
+        heads.main([*quick_heads, *flags])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error.splitlines()[-1]

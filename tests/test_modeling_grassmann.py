@@ -337,6 +337,48 @@ def test_the_classification_loss_is_the_cross_entropy_of_the_last_token(make_mod
     output = model(ids, labels=labels)
     torch.testing.assert_close(output.logits, model.score(model.model(ids).last_hidden_state[:, -1]))
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+    total = F.cross_entropy(output.logits, labels, reduction="sum")
+    # Gradient accumulation divides by the number of rows in all micro-batches.
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=torch.tensor(10)).loss, total / 10)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("pooling", [None, "last", "first", "mean"])
+def test_the_pooling_says_which_real_tokens_are_classified_on_either_side_of_padding(
+    pooling, is_causal, make_model, make_ids
+):
+    model = make_model(
+        GrassmannForSequenceClassification, num_labels=3, is_causal=is_causal, classifier_pooling=pooling
+    )
+    resolved = pooling or ("last" if is_causal else "mean")
+    assert model.config.classifier_pooling == resolved
+    rows = [make_ids(length, seed=length) for length in (9, 1, 5)]
+    expected = []
+    for row in rows:
+        hidden_states = model.model(row[None]).last_hidden_state[0]
+        pooled = {"last": hidden_states[-1], "first": hidden_states[0], "mean": hidden_states.mean(0)}[resolved]
+        expected.append(model.score(pooled))
+        torch.testing.assert_close(model(row[None]).logits[0], expected[-1])
+    for side in ("left", "right"):
+        paddings = [(12 - len(row), 0) if side == "left" else (0, 12 - len(row)) for row in rows]
+        ids = torch.stack([F.pad(row, padding) for row, padding in zip(rows, paddings)])
+        mask = torch.stack([F.pad(torch.ones_like(row), padding) for row, padding in zip(rows, paddings)])
+        noise = torch.where(mask.bool(), ids, 7)
+        for padded in (ids, noise):
+            logits = model(padded, attention_mask=mask).logits
+            torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=3e-6)
+
+
+def test_a_pooling_survives_saving_and_an_unknown_one_is_refused(make_model, make_ids, tmp_path):
+    model = make_model(GrassmannForSequenceClassification, num_labels=3, classifier_pooling="first")
+    model.save_pretrained(tmp_path)
+    ids = make_ids(2, 9)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    changed = AutoModelForSequenceClassification.from_pretrained(tmp_path, classifier_pooling="mean")
+    assert not torch.allclose(changed(ids).logits, model(ids).logits, atol=1e-3)
+    with pytest.raises(StrictDataclassError, match=r"`classifier_pooling` must be one of .*got 'max'"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, classifier_pooling="max")
 
 
 # Training

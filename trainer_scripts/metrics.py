@@ -1,9 +1,11 @@
-"""Perplexity of a causal language model, exact over evaluation sets of any raggedness."""
+"""Metrics that are exact over whole evaluation sets: perplexity of language models, accuracy of classifiers."""
 
 import math
+from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
@@ -72,3 +74,67 @@ def compute_perplexity(prediction: EvalPrediction) -> dict[str, float | int]:
     """
     nll, tokens = prediction.predictions.T
     return Perplexity().compute(predictions=nll.astype("float64"), references=tokens.astype("int64"))
+
+
+class Classification(evaluate.Metric):
+    """Accuracy, cross-entropy and confusion matrix of a classifier, each row counted once.
+
+    Compute with `predictions`, the logits of each row, and `references`, the id of each row's class.
+
+    Returns:
+        {"accuracy", "loss" (mean nats per row), "class_accuracy" (share of the rows of each class that are recognised,
+        None for a class without rows), "confusion_matrix" (numbers of rows by reference, then by prediction)}.
+
+    Raises:
+        ValueError: if there are no rows at all.
+    """
+
+    def __init__(self, **kwargs):
+        # No cache file: several trainings on one machine would wait for each other's lock.
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, cross-entropy and confusion matrix of a classifier.",
+            citation="",
+            inputs_description=self.__doc__,
+            features=datasets.Features(
+                {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[list[float]], references: list[int]) -> dict[str, Any]:
+        if len(references) == 0:
+            raise ValueError("accuracy is undefined: the evaluation has no rows")
+        logits, references = torch.tensor(predictions, dtype=torch.float64), torch.tensor(references)
+        classes = logits.shape[1]
+        predicted = logits.argmax(dim=1)
+        matrix = torch.bincount(references * classes + predicted, minlength=classes**2).view(classes, classes)
+        correct, rows = matrix.diag().tolist(), matrix.sum(dim=1).tolist()
+        return {
+            "accuracy": sum(correct) / len(references),
+            "loss": F.cross_entropy(logits, references).item(),
+            "class_accuracy": [right / total if total else None for right, total in zip(correct, rows)],
+            "confusion_matrix": matrix.tolist(),
+        }
+
+
+def first_output(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """`preprocess_logits_for_metrics` of the Trainer: the logits without what some models return beside them."""
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def compute_classification(prediction: EvalPrediction, label_names: list[str]) -> dict[str, float]:
+    """`compute_metrics` of the Trainer: accuracy, loss, and accuracy of each class that has rows.
+
+    The Trainer reports the key "loss" in place of its own mean over batches, which weighs the rows of a short last
+    batch more than others, and counts label smoothing.
+    """
+    result = Classification().compute(
+        predictions=prediction.predictions.astype(np.float64), references=prediction.label_ids
+    )
+    metrics = {"accuracy": result["accuracy"], "loss": result["loss"]}
+    for name, accuracy in zip(label_names, result["class_accuracy"]):
+        if accuracy is not None:
+            metrics[f"accuracy_{name}"] = accuracy
+    return metrics

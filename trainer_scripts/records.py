@@ -53,7 +53,14 @@ def mean_logged_loss(log_history: list[dict[str, float]]) -> float | None:
     return total / last_step if last_step else None
 
 
-def best_epoch(log_history: list[dict[str, float]]) -> float | None:
-    """Epoch of the lowest validation perplexity that was logged; None if there was no evaluation."""
-    evaluations = [entry for entry in log_history if "eval_perplexity" in entry]
-    return min(evaluations, key=lambda entry: entry["eval_perplexity"])["epoch"] if evaluations else None
+def best_epoch(log_history: list[dict[str, float]], metric: str, greater_is_better: bool) -> float | None:
+    """Epoch of the best validation that was logged, the first of equals; None if there was no evaluation.
+
+    Args:
+        log_history: the Trainer's log history.
+        metric: name of the metric, without `eval_`.
+        greater_is_better: whether more of it is better.
+    """
+    evaluations = [entry for entry in log_history if f"eval_{metric}" in entry]
+    best = max if greater_is_better else min
+    return best(evaluations, key=lambda entry: entry[f"eval_{metric}"])["epoch"] if evaluations else None

@@ -6,22 +6,27 @@ writes `docs/wikitext2.md` and `docs/wikitext2.png`. Each folder of a run holds 
 `metrics.json`. Every figure in the table is read from `metrics.json`; one that is not there shows as a dash.
 """
 
-import argparse
-import json
 import math
-import os
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from arguments import UserError, closest, exits_on_user_error
+from run_records import (
+    COLOURS,
+    MISSING,
+    ReportParser,
+    Run,
+    check_names,
+    link,
+    load_run,
+    new_figure,
+    number,
+    output_paths,
+    save_figure,
+    write_document,
+)
 
 
-MISSING = "—"
 BASELINE_COLOUR = "#000000"
-# Okabe and Ito's palette, which stays readable with any colour vision, without yellow, which is faint on white.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 # What the table shows of `metrics.json`.
 COLUMNS = {
@@ -35,84 +40,18 @@ COLUMNS = {
 HEADROOM = 1.6
 
 
-@dataclass
-class Run:
-    """A recorded run.
-
-    Attributes:
-        folder: where its files are; the folder's name is the run's.
-        metrics: content of `metrics.json`.
-        curve: (epoch, validation perplexity) of each evaluation during training.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    curve: list[tuple[float, float]]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    def number(self, key: str) -> float | int | None:
-        """A figure of `metrics.json`; None where it is missing or null.
-
-        Raises:
-            UserError: if it is not a number.
-        """
-        return number(self.metrics, key, str(self.folder / "metrics.json"))
-
-
-def number(entry: dict[str, Any], key: str, source: str) -> float | int | None:
-    """A number of a JSON object, None where it is missing or null; a message about another type names the `source`."""
-    value = entry.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise UserError(f"{source}: {key} is {value!r}, not a number")
-    return value
-
-
-def load_run(folder: Path) -> Run:
-    """Read a run's files.
-
-    Raises:
-        UserError: if one is missing or is not JSON of the right kind.
-    """
-    for name in ("recipe.yaml", "log.jsonl", "metrics.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not the folder of a run: it has no {name}")
-    metrics = parse_json(read(folder / "metrics.json"), str(folder / "metrics.json"))
-    lines = enumerate(read(folder / "log.jsonl").splitlines(), start=1)
-    log = [parse_json(line, f"{folder / 'log.jsonl'}, line {number}") for number, line in lines if line.strip()]
-    return Run(folder, metrics, validation_curve(log, str(folder / "log.jsonl")))
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def parse_json(text: str, source: str) -> dict[str, Any]:
-    """Parse a JSON object; a message about a mistake in it names the `source`."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{source} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def validation_curve(log: list[dict[str, Any]], source: str) -> list[tuple[float, float]]:
-    """(epoch, validation perplexity) of the evaluations in a Trainer's log history, read from the file `source`.
+def validation_curve(run: Run) -> list[tuple[float, float]]:
+    """(epoch, validation perplexity) of each evaluation during a run's training.
 
     What is evaluated after the training's summary is the model that was kept, which may be that of an earlier epoch.
 
     Raises:
         UserError: if one of them is not a number.
     """
-    summary = next((index for index, entry in enumerate(log) if "train_runtime" in entry), len(log))
-    points = [(number(entry, "epoch", source), number(entry, "eval_perplexity", source)) for entry in log[:summary]]
+    source = str(run.folder / "log.jsonl")
+    summary = next((index for index, entry in enumerate(run.log) if "train_runtime" in entry), len(run.log))
+    entries = run.log[:summary]
+    points = [(number(entry, "epoch", source), number(entry, "eval_perplexity", source)) for entry in entries]
     return [(epoch, perplexity) for epoch, perplexity in points if epoch is not None and perplexity is not None]
 
 
@@ -120,11 +59,8 @@ def find_baseline(runs: list[Run], name: str | None) -> Run | None:
     """The run of that name, None without a name.
 
     Raises:
-        UserError: if two runs have one name, or none has the given one.
+        UserError: if none has it.
     """
-    repeated = [run_name for run_name, count in Counter(run.name for run in runs).items() if count > 1]
-    if repeated:
-        raise UserError(f"two runs are named {repeated[0]}: rename one of the folders")
     if name is None:
         return None
     by_name = {run.name: run for run in runs}
@@ -151,8 +87,7 @@ def results_table(runs: list[Run], baseline: Run | None, parent: Path) -> str:
             notes.append(f"- {run.name} ({MISSING}): its `metrics.json` has no {', '.join(absent)}.")
         if baseline:
             cells.insert(3, gap(run, baseline, notes))
-        link = Path(os.path.relpath(run.folder, parent)).as_posix()
-        lines.append(f"| [{run.name}]({link}) | {' | '.join(cells)} |")
+        lines.append(f"| {link(run, run.name, parent)} | {' | '.join(cells)} |")
     return "\n".join(lines + (["", *notes] if notes else []))
 
 
@@ -176,20 +111,16 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
     Raises:
         UserError: if matplotlib is missing, no run has a curve, or the file cannot be written.
     """
-    try:
-        # A Figure of its own draws with Agg, whatever backend the user's pyplot would choose.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
-    except ImportError as error:
-        raise UserError('matplotlib is missing: pip install "modeling-grassmann[reports]"') from error
+    figure = new_figure(layout="constrained")
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     notes, curves = [], {}
     for run in runs:
-        finite = [(epoch, value) for epoch, value in run.curve if math.isfinite(value)]
+        curve = validation_curve(run)
+        finite = [(epoch, value) for epoch, value in curve if math.isfinite(value)]
         if finite:
             curves[run.name] = finite
-        if len(finite) < len(run.curve):
+        if len(finite) < len(curve):
             notes.append(f"- {run.name}: infinite or undefined perplexities are not drawn.")
         elif not finite:
             notes.append(f"- {run.name}: its `log.jsonl` has no `eval_perplexity`, so it has no curve.")
@@ -202,8 +133,7 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
     if max(values) > top:
         notes.append(f"- Evaluations above a perplexity of {top:.0f} lie outside the plot.")
 
-    figure = Figure(figsize=(8, 4.6 + 0.23 * math.ceil(len(curves) / 2)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure.set_size_inches(8, 4.6 + 0.23 * math.ceil(len(curves) / 2))
     axes = figure.add_subplot()
     others = 0
     # The legend lists the curves from top to bottom as they end.
@@ -232,36 +162,21 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
     axes.spines[["top", "right"]].set_visible(False)
     # Outside of the axes, where it covers no curve.
     figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
-    try:
-        # Without the version of matplotlib, equal logs give equal files.
-        canvas.print_figure(path, dpi=150, metadata={"Software": None})
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    save_figure(figure, path)
     return notes
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
 
 
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="Folders of the runs.")
-    parser.add_argument("--output", required=True, type=Path, help="Files to write, without .md and .png.")
+    parser = ReportParser(__doc__)
     parser.add_argument("--baseline", help="Name of the run's folder that the others are compared with.")
     args = parser.parse_args(argv)
 
-    # Not `with_suffix`: a name may hold a dot.
-    document, picture = (args.output.with_name(args.output.name + suffix) for suffix in (".md", ".png"))
-    runs = [load_run(Path(os.path.abspath(folder))) for folder in args.runs]
+    runs = [load_run(folder) for folder in args.runs]
+    check_names(runs)
     baseline = find_baseline(runs, args.baseline)
-    table = results_table(runs, baseline, document.parent)
-    try:
-        document.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {document.parent}: {error.strerror}") from error
+    table = results_table(runs, baseline, args.output.parent)
+    document, picture = output_paths(args.output)
     notes = plot(runs, baseline, picture)
     sections = [
         f"# Results: {args.output.name}",
@@ -271,10 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         "Written by `trainer_scripts/report.py`: the table from the `metrics.json` of each run, the curves from its"
         " `log.jsonl`.",
     ]
-    try:
-        document.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {document}: {error.strerror}") from error
+    write_document(document, sections)
     print(f"wrote {document} and {picture}")
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import subprocess
@@ -69,3 +70,85 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("GRASSMANN_DATA_DIR is not set: it names a folder with WikiText-2 and tokenizers")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory) -> dict[str, Path]:
+    """Files `train`, `validation`, `test` of invented pairs, whose labels E, N, C follow from one word.
+
+    Every split has rows without a label, and pairs of 5 to 15 words.
+    """
+    folder = tmp_path_factory.mktemp("pairs")
+    generator = random.Random(0)
+    words = ["cat", "dog", "sees", "follows", "small", "house", "and", "the"]
+    answers = {"E": "yes", "N": "perhaps", "C": "never"}
+    files = {}
+    for split, rows in [("train", 150), ("validation", 41), ("test", 30)]:
+        lines = ["premise,hypothesis,label\n"]
+        for row in range(rows):
+            label = generator.choice(list(answers))
+            premise, hypothesis = (generator.choices(words, k=generator.randint(2, 7)) for _ in range(2))
+            hypothesis.insert(generator.randint(0, len(hypothesis)), answers[label])
+            lines.append(f"{' '.join(premise)},{' '.join(hypothesis)},{'-' if row % 10 == 3 else label}\n")
+        files[split] = folder / f"{split}.csv"
+        files[split].write_text("".join(lines))
+    return files
+
+
+@pytest.fixture(scope="session")
+def pair_tokenizer(tmp_path_factory, pair_files):
+    """Folder of a tokenizer with a token for each word of the pairs, which tells the two texts apart."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    text = pair_files["train"].read_text().partition("\n")[2].replace(",", " ")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(text.split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder = tmp_path_factory.mktemp("pair_tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory, pair_tokenizer) -> Path:
+    """Folder of a tiny encoder, with its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("backbone")
+    tokenizer = AutoTokenizer.from_pretrained(pair_tokenizer)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    # Embeddings far enough apart that a head learns something from them at once.
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=20, initializer_range=0.3, **sizes)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_data(pair_files) -> list[str]:
+    """Arguments that name the pairs, for a run with batches of 8 on the CPU, without its model and output_dir."""
+    files = [f"--{split}_file={path}" for split, path in pair_files.items()]
+    names = ['--label_mapping={"E": "entailment", "N": "neutral", "C": "contradiction"}']
+    return [*files, *names, "--per_device_train_batch_size=8", "--use_cpu", "--report_to=none", "--disable_tqdm=true"]
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(pair_data, backbone) -> list[str]:
+    """Arguments of a tiny run with a head on a backbone, without its output_dir."""
+    head = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 16, "reduced_size": 8}
+    head |= {"window_size": 4, "window_stride": 4}
+    model = [f"--backbone_name_or_path={backbone}", f"--config_overrides={json.dumps(head)}"]
+    return [*model, *pair_data, "--learning_rate=5e-3", "--head_learning_rate=1e-2"]

@@ -1,0 +1,171 @@
+"""What the reports on recorded runs share: reading a run's folder, and writing a document with a picture."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arguments import UserError
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MISSING = "—"
+# Okabe and Ito's palette, which stays readable with any colour vision, without yellow, which is faint on white.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+
+
+@dataclass
+class Run:
+    """A recorded run.
+
+    Attributes:
+        folder: where its files are; the folder's name is the run's.
+        metrics: content of `metrics.json`.
+        log: lines of `log.jsonl`, the Trainer's log history.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def number(self, key: str) -> float | int | None:
+        """A figure of `metrics.json`; None where it is missing or null.
+
+        Raises:
+            UserError: if it is not a number.
+        """
+        return number(self.metrics, key, str(self.folder / "metrics.json"))
+
+
+def number(entry: dict[str, Any], key: str, source: str) -> float | int | None:
+    """A number of a JSON object, None where it is missing or null; a message about another type names the `source`."""
+    value = entry.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise UserError(f"{source}: {key} is {value!r}, not a number")
+    return value
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run's files.
+
+    Raises:
+        UserError: if one is missing or is not JSON of the right kind.
+    """
+    # The name of `.` is that of the folder it stands for.
+    folder = Path(os.path.abspath(folder))
+    for name in ("recipe.yaml", "log.jsonl", "metrics.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not the folder of a run: it has no {name}")
+    metrics = parse_json(read(folder / "metrics.json"), str(folder / "metrics.json"))
+    lines = enumerate(read(folder / "log.jsonl").splitlines(), start=1)
+    log = [parse_json(line, f"{folder / 'log.jsonl'}, line {number}") for number, line in lines if line.strip()]
+    return Run(folder, metrics, log)
+
+
+def check_names(runs: list[Run]) -> None:
+    """Raise a UserError if two runs have one name."""
+    repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if repeated:
+        raise UserError(f"two runs are named {repeated[0]}: rename one of the folders")
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parse_json(text: str, source: str, kind: type = dict) -> Any:
+    """Parse a JSON object, or an array if `kind` is list; a message about a mistake in it names the `source`."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{source} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "object", list: "array"}[kind]
+        raise UserError(f"{source} must hold a JSON {wanted}, not a {type(value).__name__}")
+    return value
+
+
+def link(run: Run, text: str, parent: Path) -> str:
+    """Markdown link to a run's folder from a document in the folder `parent`."""
+    return f"[{text}]({Path(os.path.relpath(run.folder, parent)).as_posix()})"
+
+
+def new_figure(**kwargs: Any) -> "Figure":
+    """A matplotlib figure.
+
+    Raises:
+        UserError: if matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('matplotlib is missing: pip install "modeling-grassmann[reports]"') from error
+    return Figure(**kwargs)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    # A canvas of its own draws with Agg, whatever backend the user's pyplot would choose.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    try:
+        # Without the version of matplotlib, equal logs give equal files.
+        FigureCanvasAgg(figure).print_figure(path, dpi=150, metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_document(path: Path, sections: list[str]) -> None:
+    """Write the sections that are not empty.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    try:
+        path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def output_paths(output: Path) -> tuple[Path, Path]:
+    """The document and the picture that `--output` stands for, in a folder that then exists.
+
+    Raises:
+        UserError: if the folder cannot be made.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {output.parent}: {error.strerror}") from error
+    # Not `with_suffix`: a name may hold a dot.
+    return output.with_name(output.name + ".md"), output.with_name(output.name + ".png")
+
+
+class ReportParser(argparse.ArgumentParser):
+    """Command line of a report: folders of runs and `--output`; mistakes are `UserError`s."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument("runs", nargs="+", type=Path, help="Folders of the runs.")
+        self.add_argument("--output", required=True, type=Path, help="Files to write, without .md and .png.")
+
+    def error(self, message: str) -> None:
+        raise UserError(message)

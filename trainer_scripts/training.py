@@ -1,0 +1,195 @@
+"""What the training scripts have in common around the Trainer: checks, resuming, and the records of a run."""
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+import yaml
+from arguments import UserError, resolve
+from checkpoints import checkpoints, is_complete, last_complete_checkpoint, write_atomically
+from records import best_epoch, mean_logged_loss
+from transformers import Trainer, TrainerState, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def wanted_splits(args: TrainingArguments) -> list[str]:
+    """The splits that a run needs.
+
+    Raises:
+        UserError: if it needs none.
+    """
+    splits = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    splits = [split for split, wanted in splits.items() if wanted]
+    if not splits:
+        raise UserError("nothing to do: pass at least one of do_train, do_eval, do_predict")
+    return splits
+
+
+def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) -> None:
+    """
+    Args:
+        args: the arguments.
+        metrics: what the script measures, and whether more of it is better.
+
+    Raises:
+        UserError: if an argument is impossible that the Trainer itself would stumble on later.
+    """
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} must be at least 1")
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0")
+    metric = args.metric_for_best_model
+    if metric is not None:
+        if metric.removeprefix("eval_") not in metrics:
+            raise UserError(f"metric_for_best_model={metric} is not measured: choose one of {', '.join(metrics)}")
+        # The Trainer takes any name but a loss for one of which more is better.
+        args.greater_is_better = metrics[metric.removeprefix("eval_")]
+    if args.dataloader_drop_last or args.prediction_loss_only or args.batch_eval_metrics:
+        raise UserError(
+            "dataloader_drop_last, prediction_loss_only and batch_eval_metrics must be false: what is measured, is"
+            " measured over the whole evaluation split"
+        )
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """Checkpoint folder to resume from: none, the one named, or for `true` the newest complete one, if any.
+
+    Raises:
+        UserError: if the named folder is not a complete checkpoint, if a new run would mix its checkpoints with those
+            of an earlier one, or if an evaluation alone would replace the record of another run.
+    """
+    if not args.do_train:
+        if os.path.exists(os.path.join(args.output_dir, "metrics.json")):
+            raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
+        return None
+    found = checkpoints(args.output_dir)
+    resume = str(args.resume_from_checkpoint or "false")
+    if resume.lower() == "false":
+        if found:
+            raise UserError(
+                f"output_dir={args.output_dir} holds checkpoints of an earlier run: continue it with"
+                " resume_from_checkpoint=true, or choose another output_dir"
+            )
+        return None
+    if resume.lower() != "true":
+        if not is_complete(resume):
+            raise UserError(
+                f"resume_from_checkpoint={resume} is not a complete checkpoint: name a folder checkpoint-N, or true"
+                " for the newest complete one in output_dir"
+            )
+        return resume
+    last = last_complete_checkpoint(args.output_dir)
+    if incomplete := found[: found.index(last)] if last else found:
+        logger.warning("Ignoring incomplete checkpoints: %s", ", ".join(incomplete))
+    if last:
+        logger.info("Resuming from %s", last)
+    else:
+        logger.info("No complete checkpoint in %s: training starts from the beginning", args.output_dir)
+    return last
+
+
+def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """
+    If the checkpoint is that of the run's last step, give the trainer the state and the model with which the run
+    ended; the Trainer itself would train for one more step. Returns whether it is.
+    """
+    args, state = trainer.args, TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    steps = args.max_steps
+    if steps <= 0:
+        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        steps = math.ceil(args.num_train_epochs * per_epoch)
+    if state.global_step < steps:
+        return False
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    saved = type(trainer.model).from_pretrained(best or checkpoint)
+    trainer.model.load_state_dict(saved.state_dict())
+    trainer.state = state
+    logger.info("The run is complete: %d steps were trained before", state.global_step)
+    return True
+
+
+def setup_logging(args: TrainingArguments) -> None:
+    """Log to stdout, so that stderr holds progress bars and errors only; processes other than the first warn only."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.StreamHandler(sys.stdout)],
+        level=logging.INFO if args.should_log else logging.WARNING,
+    )
+    logging.captureWarnings(True)
+    # Requests to the Hub are no news.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    logging.getLogger("datasets").handlers.clear()
+    datasets.utils.logging.enable_propagation()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
+    """
+    Raises:
+        UserError: if the Trainer cannot be made, such as for want of a package that `report_to` or `optim` needs.
+    """
+    try:
+        return trainer_class(**options)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot set up the training: {error}") from error
+
+
+def write_recipe(trainer: Trainer, argument_types: tuple[type, ...], argv: list[str] | None) -> None:
+    """Write `recipe.yaml`: all that the command line and its recipe say."""
+    if trainer.is_world_process_zero():
+        recipe = yaml.safe_dump(resolve(argument_types, argv), sort_keys=False, allow_unicode=True)
+        write_atomically(os.path.join(trainer.args.output_dir, "recipe.yaml"), recipe)
+
+
+def train(
+    trainer: Trainer, resumed: str | None, use_cache: bool | None, metric: str, greater_is_better: bool
+) -> dict[str, Any]:
+    """Train, from the beginning or from the checkpoint `resumed`, and save the model.
+
+    Args:
+        trainer: the trainer.
+        resumed: folder of a checkpoint, or None.
+        use_cache: the model's setting before the Trainer turned the decoding state off; None if it has none.
+        metric: by which the best epoch is named.
+        greater_is_better: whether more of it is better.
+
+    Returns:
+        the metrics of the training, and `best_epoch`.
+    """
+    finished = resumed is not None and restore_finished(trainer, resumed)
+    metrics = {} if finished else trainer.train(resume_from_checkpoint=resumed).metrics
+    if use_cache is not None:
+        trainer.model.config.use_cache = use_cache
+    trainer.save_model()
+    trainer.save_state()
+    if resumed:
+        # The Trainer relates the losses and samples since the resume to steps and time of different runs.
+        for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+            metrics.pop(name, None)
+        if (loss := mean_logged_loss(trainer.state.log_history)) is not None:
+            metrics["train_loss"] = loss
+    best = best_epoch(trainer.state.log_history, metric, greater_is_better)
+    return {"best_epoch": best, **report(trainer, "train", metrics)}
+
+
+def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Print the metrics and add them to `all_results.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics
