@@ -9,7 +9,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import MODEL_MAPPING, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -133,6 +133,11 @@ def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
         ValueError: if the model does not map a text's tokens to one vector each.
     """
     name = type(backbone).__name__
+    expected = MODEL_MAPPING.get(type(config), type(backbone))
+    if type(backbone) is not expected:
+        raise ValueError(
+            f"`backbone` must be the {expected.__name__} that `AutoModel` makes of its configuration, got a {name}."
+        )
     if config.is_encoder_decoder:
         raise ValueError(f"`backbone` must be a text encoder, but {name} is an encoder-decoder.")
     if backbone.main_input_name != "input_ids":
@@ -181,7 +186,7 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
             self.backbone.pooler = None
         if getattr(self.backbone.config, "use_cache", False):
             self.backbone.config.use_cache = False
-        self.backbone_inputs = inspect.signature(self.backbone.forward).parameters.keys()
+        self.backbone_inputs = list(inspect.signature(self.backbone.forward).parameters)
 
         self.head = HEADS[config.head_type](config, config.backbone_config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -189,9 +194,7 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
 
         # Initialize weights and apply final processing
         self.post_init()
-        if config.freeze_backbone:
-            self.backbone.requires_grad_(False)
-            self.backbone.eval()
+        self.train()
 
     @classmethod
     def from_backbone(
@@ -251,8 +254,15 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
     def train(self, mode: bool = True) -> "GrassmannPluckerForSequenceClassification":
         super().train(mode)
         if self.config.freeze_backbone:
+            # Here and not once and for all: `from_pretrained` replaces the parameters after the construction.
+            self.backbone.requires_grad_(False)
             self.backbone.eval()
         return self
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.backbone_config.vocab_size = self.backbone.config.vocab_size
+        return embeddings
 
     @can_return_tuple
     @auto_docstring

@@ -667,9 +667,9 @@ def check_compiled(model, make_ids, backend):
         torch.testing.assert_close(parameter.grad, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["distilbert", "bert", "grassmann"])
+@pytest.mark.parametrize("name", ["distilbert", "grassmann"])
 def test_every_head_is_traced_without_a_graph_break(name, head_type, make_classifier, make_ids):
-    check_compiled(make_classifier(name, head_type=head_type), make_ids, "eager")
+    check_compiled(make_classifier(name, head_type=head_type, num_hidden_layers=1), make_ids, "eager")
 
 
 def test_autograd_traces_the_plucker_head(make_classifier, make_ids):
