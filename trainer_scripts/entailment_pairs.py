@@ -11,12 +11,12 @@ else is independent, so whether one sentence entails or contradicts another is d
 and every other pair is neutral. Sets may be empty: "all of the owls are wet" and "none of the owls are wet" are both
 true where there are no owls.
 
-No sentence and no word tells the label. Entailment and contradiction differ in whether the two sentences bound in the
-same direction, and a neutral pair breaks one condition of theirs: the nouns' order or relation, the numbers' order or
-the adjective. Each word is as frequent in the premises of one label as in those of another, and so in the hypotheses.
+No word tells the label. Entailment and contradiction differ in whether the two sentences bound in the same direction,
+and a neutral pair breaks one or more of their conditions: the nouns' order or relation, the numbers' order, the
+adjective. Each word is as frequent in the premises of one label as in those of another, and so in the hypotheses.
 Therefore the best linear classifier of two bags of words is one that ignores them: its convex loss has the gradient
-zero at the weights zero. A pair has to be read by comparing its words, which stand at a constant distance: every
-sentence has six words.
+zero at the weights zero. Pairs have to be read by comparing their words, which stand at a constant distance: every
+sentence has six of them.
 """
 
 import random
@@ -37,29 +37,16 @@ TREES = {
     "plants": {"trees": ("oaks", "pines", "birches"), "flowers": ("roses", "tulips", "daisies")},
     "vehicles": {"boats": ("ferries", "canoes", "yachts"), "cars": ("taxis", "limousines", "convertibles")},
     "instruments": {"drums": ("bongos", "timpani", "tambourines"), "horns": ("trumpets", "tubas", "trombones")},
-    "garments": {"hats": ("berets", "bonnets", "fedoras"), "shoes": ("boots", "sandals", "slippers")},
-    "publications": {
-        "books": ("novels", "atlases", "cookbooks"),
-        "magazines": ("weeklies", "monthlies", "quarterlies"),
-    },
 }
-ANTONYMS = (
-    ("clean", "dirty"),
-    ("wet", "dry"),
-    ("warm", "cold"),
-    ("heavy", "light"),
-    ("big", "small"),
-    ("near", "far"),
-    ("inside", "outside"),
-    ("visible", "hidden"),
-)
+ANTONYMS = (("clean", "dirty"), ("wet", "dry"), ("warm", "cold"), ("heavy", "light"))
 # From two on; one is said by "some", "none", "all" and "not all".
 NUMBERS = ("two", "three", "four", "five", "six")
 
 # Share of the sentences that say an adjective by negating its opposite.
-NEGATIONS = 0.25
-# Far below the number of distinct pairs, so that drawing pairs until they are distinct ends soon.
-MOST_PAIRS = 100_000
+NEGATIONS = 0.1
+# Well below the number of distinct pairs, so that drawing pairs until they are distinct ends soon, and common pairs do
+# not run out.
+MOST_PAIRS = 40_000
 
 
 class Statement(NamedTuple):
@@ -115,7 +102,7 @@ def load_entailment_pairs(
         a `DatasetDict` with the columns `premise`, `hypothesis` and `label`.
 
     Raises:
-        ValueError: if a size is negative, or if there are more than 100,000 pairs.
+        ValueError: if a size is negative, or if there are more than 40,000 pairs.
     """
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     if min(sizes.values()) < 0 or sum(sizes.values()) > MOST_PAIRS:
@@ -142,8 +129,9 @@ def draw_pair(label: str, generator: random.Random) -> tuple[Statement, Statemen
     """A premise and a hypothesis of the given label."""
     lower, upper = _pick(_NESTED, generator)
     # "Some" and "none" tell both direction and number. Beside larger numbers they would tell the label as well: "some"
-    # is a hypothesis that many premises entail and that only "none" contradicts. So they meet none but each other.
-    quantified = generator.random() < 0.125
+    # is a hypothesis that many premises entail and that only "none" contradicts. So they meet none but each other, as
+    # often as any two numbers do.
+    quantified = generator.random() < 1 / 16
     few, many = (1, 1) if quantified else sorted(_pick(range(2, len(NUMBERS) + 2), generator) for _ in range(2))
     adjective = _pick(list(_OPPOSITES), generator)
     narrow, wide = (many, lower, adjective), (few, upper, adjective)
@@ -164,16 +152,17 @@ def _break_conditions(narrow: tuple, wide: tuple, generator: random.Random) -> t
     frequent as it was.
     """
     (many, lower, adjective), (few, upper, _) = narrow, wide
-    breakable = ["nouns", "adjectives"] + (["numbers"] if few != many else [])
+    # Numbers are the easiest to compare; pairs that they decide teach nothing else.
+    breakable = {"nouns": 0.5, "adjectives": 0.5, "numbers": 0.25 if few != many else 0.0}
     broken = []
     while not broken:
-        broken = [condition for condition in breakable if _flip(generator)]
+        broken = [condition for condition, share in breakable.items() if generator.random() < share]
 
     numbers, nouns, adjectives = [many, few], [lower, upper], [adjective, adjective]
     if "numbers" in broken:
         numbers.reverse()
     if "nouns" in broken:
-        if lower != upper and _flip(generator):
+        if lower != upper and generator.random() < 0.25:
             nouns.reverse()
         elif _flip(generator):
             nouns[0] = _unrelated(lower, upper, generator)

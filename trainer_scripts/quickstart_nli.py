@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     failures = []
     if accuracy < LEAST_ACCURACY:
         failures.append(
-            f"The model is right about {accuracy:.1%} of the pairs, less than {LEAST_ACCURACY:.0%}. Train it for longer."
+            f"The model is right about {accuracy:.1%} of the pairs, less than {LEAST_ACCURACY:.0%}. Train it for"
+            " longer."
         )
     if bag_of_words > MOST_BAG_OF_WORDS:
         failures.append(

@@ -137,6 +137,7 @@ def setup_logging(args: TrainingArguments) -> None:
     datasets.utils.logging.enable_propagation()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:

@@ -2,15 +2,24 @@ from pathlib import Path
 
 import pytest
 import run_clm
+import run_nli
 import torch
 import yaml
 from arguments import parse
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 
 REPOSITORY = Path(__file__).parents[2]
 WIKITEXT = sorted((REPOSITORY / "configuration/wikitext2").glob("*.yaml"))
 RECIPES = [*WIKITEXT, REPOSITORY / "configuration/quickstart/stdlib_docs.yaml"]
+SNLI = sorted((REPOSITORY / "configuration/snli").glob("*.yaml"))
+# The published sizes of the encoders that the recipes build on.
+BACKBONES = {
+    "distilbert/distilbert-base-uncased": lambda: DistilBertModel(DistilBertConfig()),
+    "sentence-transformers/all-MiniLM-L6-v2": lambda: BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    ),
+}
 BASELINES = {"gpt2": 12.6e6, "gpt-neox": 12.6e6, "stablelm": 12.6e6}
 
 
@@ -21,6 +30,13 @@ class BertVocabulary:
 
     def __len__(self):
         return 30522
+
+
+class AnyTokenizer:
+    """What `check_max_length` asks of a tokenizer."""
+
+    def num_special_tokens_to_add(self, pair):
+        return 3
 
 
 def build(config):
@@ -44,6 +60,58 @@ def test_recipes_differ_only_in_the_model_and_the_output_folder():
         for name in ("config_name", "config_overrides", "output_dir"):
             recipe.pop(name, None)
         assert recipe == recipes[0]
+
+
+def load_classifier(recipe, monkeypatch):
+    """Arguments of a recipe and its classifier without weights, the published encoders replaced by new ones."""
+    arguments = parse(run_nli.ARGUMENTS, [str(recipe), "--use_cpu"])
+    from_backbone = run_nli.GrassmannPluckerForSequenceClassification.from_backbone
+    make = BACKBONES.get(arguments[0].backbone_name_or_path)
+    monkeypatch.setattr(
+        run_nli.GrassmannPluckerForSequenceClassification,
+        "from_backbone",
+        lambda name, options, **fields: from_backbone(make(), **fields),
+    )
+    with torch.device("meta"):
+        return arguments, run_nli.load_classifier(arguments[0], BertVocabulary(), arguments[1].class_names)
+
+
+@pytest.mark.parametrize("recipe", SNLI, ids=lambda path: path.stem)
+def test_classifier_recipe_parses_and_its_model_builds(recipe, monkeypatch):
+    (_, data_args, training_args), model = load_classifier(recipe, monkeypatch)
+    run_nli.check_arguments(training_args)
+    run_nli.check_max_length(data_args, AnyTokenizer(), run_nli.usable_positions(model))
+    assert list(model.config.id2label.values()) == ["entailment", "neutral", "contradiction"]
+    assert training_args.do_train and training_args.do_eval and training_args.do_predict
+    assert training_args.output_dir == f"runs/snli/{recipe.stem}"
+    assert (training_args.head_learning_rate is None) or hasattr(model, "backbone")
+    frozen = recipe.stem.endswith("_frozen")
+    backbone, head = model.num_parameters() - (run_nli.head_parameters(model) or 0), run_nli.head_parameters(model)
+    assert model.num_parameters(only_trainable=True) == (head if frozen else model.num_parameters())
+    assert (head is None) == ("scratch" in recipe.stem)
+    assert backbone > 10e6
+
+
+def test_classifier_recipes_differ_only_in_what_they_compare():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in SNLI}
+    groups = [
+        [recipe for name, recipe in recipes.items() if name.endswith("_frozen")],
+        [recipe for recipe in recipes.values() if "head_learning_rate" in recipe],
+        [recipe for name, recipe in recipes.items() if "scratch" in name],
+    ]
+    assert [len(group) for group in groups] == [6, 6, 3]
+    for group in groups:
+        for recipe in group:
+            for name in ("backbone_name_or_path", "model_type", "config_overrides", "output_dir"):
+                recipe.pop(name, None)
+            assert recipe == group[0]
+
+
+def test_models_from_scratch_are_of_one_size(monkeypatch):
+    folder = REPOSITORY / "configuration/snli"
+    names = ["bert_scratch", "grassmann_scratch", "grassmann_scratch_causal"]
+    sizes = [load_classifier(folder / f"{name}.yaml", monkeypatch)[1].num_parameters() for name in names]
+    assert sizes[1:] == pytest.approx(sizes[:1] * 2, rel=0.03)
 
 
 def test_overridden_number_of_layers_gets_its_own_default_offsets():

@@ -8,9 +8,9 @@ import run_clm
 import torch
 
 
-def failure(argv, output_dir, capsys):
+def failure(argv, output_dir, capsys, main=run_clm.main):
     with pytest.raises(SystemExit) as exit:
-        run_clm.main([*map(str, argv), f"--output_dir={output_dir}"])
+        main([*map(str, argv), f"--output_dir={output_dir}"])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert len(lines) == 1, lines

@@ -1,0 +1,40 @@
+import json
+import re
+
+import pytest
+
+
+RECIPE = "configuration/quickstart/entailment_pairs.yaml"
+
+
+def test_an_untrained_model_fails_and_still_shows_what_it_says(tmp_path, run_python):
+    limits = ["--max_train_samples=128", "--max_eval_samples=60", "--num_train_epochs=1", "--report_to=none"]
+    training = run_python("trainer_scripts/run_nli.py", RECIPE, *limits, f"--output_dir={tmp_path}")
+    assert training.returncode == 0, training.stderr
+    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
+    assert check.returncode == 1, check.stderr
+    assert "less than 90%. Train it for longer." in check.stdout
+    # Test rows and their answers are those of the run.
+    (measured,) = re.findall(r"GrassmannPluckerForSequenceClassification +([\d.]+)%", check.stdout)
+    (loaded,) = re.findall(r"loaded from disk.* ([\d.]+)%", check.stdout)
+    assert measured == loaded == f"{100 * json.loads((tmp_path / 'metrics.json').read_text())['test_accuracy']:.1f}"
+    assert check.stdout.count("premise:") == 6
+    assert len(re.findall(r"(entailment|neutral|contradiction); said: ", check.stdout)) == 6
+
+
+def test_a_folder_without_a_run_and_a_run_without_a_test_are_refused(tmp_path, run_python):
+    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
+    assert check.returncode == 2 and "recipe.yaml: train a model there with run_nli.py first" in check.stderr
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "metrics.json").write_text("{}")
+    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
+    assert check.returncode == 2 and "train with do_predict" in check.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_compares_sentences(tmp_path, run_python):
+    training = run_python("trainer_scripts/run_nli.py", RECIPE, f"--output_dir={tmp_path}")
+    assert training.returncode == 0, training.stderr
+    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] >= 0.9
