@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := modeling_grassmann trainer_scripts benchmarks tests
 QUICKSTART := runs/quickstart
+QUICKSTART_NLI := runs/quickstart_nli
 
-.PHONY: quickstart test test-slow bench style check-style clean
+.PHONY: quickstart quickstart-nli test test-slow bench style check-style clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or later is needed, this is {sys.version}"'
@@ -18,6 +19,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## train a small language model on the documentation of Python's standard library, and generate
 	$(BIN)/python trainer_scripts/run_clm.py configuration/quickstart/stdlib_docs.yaml --output_dir $(QUICKSTART)
 	$(BIN)/python trainer_scripts/quickstart.py $(QUICKSTART)
+
+quickstart-nli: $(INSTALLED)  ## train a small classifier of sentence pairs whose labels follow by logic, and check it
+	$(BIN)/python trainer_scripts/run_nli.py configuration/quickstart/entailment_pairs.yaml --output_dir $(QUICKSTART_NLI)
+	$(BIN)/python trainer_scripts/quickstart_nli.py $(QUICKSTART_NLI)
 
 test: $(INSTALLED) check-style  ## all that CI runs
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile

@@ -41,7 +41,7 @@ def bag_of_words_accuracy(
         UserError: if scikit-learn is not installed, if rows with labels are missing, or if `train` has but one label.
     """
     if LogisticRegression is None:
-        raise UserError("the bag of words needs scikit-learn: pip install scikit-learn")
+        raise UserError("the bag of words needs scikit-learn: pip install scikit-learn, or the extra reports")
     rows = {}
     for name, data in (("train", train), ("test", test)):
         labels = data[label_column][:]

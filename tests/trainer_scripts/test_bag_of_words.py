@@ -44,5 +44,5 @@ def test_data_without_labels_and_a_missing_package_are_refused(monkeypatch):
     with pytest.raises(UserError, match="two labels"):
         bag_of_words_accuracy(rows(("yes", "x", 0)), train)
     monkeypatch.setattr(bag_of_words, "LogisticRegression", None)
-    with pytest.raises(UserError, match="pip install scikit-learn"):
+    with pytest.raises(UserError, match="needs scikit-learn: pip install"):
         bag_of_words_accuracy(train, train)
