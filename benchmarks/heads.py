@@ -10,8 +10,10 @@ the speed does not depend on their values.
 """
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -168,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = {head: model.num_parameters() - model.backbone.num_parameters() for head, model in tuned.items()}
     facts = {
         "transformers": transformers.__version__,
+        # A folder is recorded by its name: where it lies says nothing.
+        "backbone": Path(args.backbone).resolve().name if os.path.isdir(args.backbone or "") else args.backbone,
         "backbone_type": backbone.config.model_type,
         "backbone_parameters": next(iter(tuned.values())).backbone.num_parameters(),
         "attention": next(iter(tuned.values())).backbone.config._attn_implementation,
