@@ -155,7 +155,8 @@ def results_table(groups: list[Group], split: str, parent: Path) -> str:
             values = group.values(prefix + label).values()
             cells.append(f"{100 * statistics.fmean(values):.2f}" if values else MISSING)
         lines.append(f"| {' | '.join(cells)} |")
-        shown = ["head_parameters", "parameters", "eval_accuracy", "test_accuracy", *(prefix + key for key in classes)]
+        # Not `head_parameters`: a model without a backbone has no head.
+        shown = ["parameters", "eval_accuracy", "test_accuracy", *(prefix + key for key in classes)]
         for key in shown:
             absent = [run.name for seed, run in group.runs.items() if seed not in group.values(key)]
             if absent:

@@ -3,15 +3,29 @@
 import json
 import re
 
+import heads
 import mixer
 import pytest
 from conftest import REPOSITORY
 from report import find_baseline, load_run, results_table
+from report_nli import compare, comparison_table, group_runs
+from report_nli import results_table as classifier_table
 
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = ["gpt2_6l", "gpt_neox_6l", "stablelm_6l", "grassmann_6l_pre", "grassmann_6l_post"]
 RESULTS += ["grassmann_6l_pre_all_offsets"]
+DISTILBERT = ["grassmann", "transformer", "linear", "grassmann_frozen", "transformer_frozen", "linear_frozen"]
+DISTILBERT += ["grassmann_tuned_frozen", "grassmann_without_features_frozen"]
+CLASSIFIERS = [f"snli_distilbert_{name}" for name in DISTILBERT]
+CLASSIFIERS += ["snli_grassmann_scratch", "snli_grassmann_scratch_causal", "snli_bert_scratch"]
+COMPARISONS = [
+    ("snli_distilbert_grassmann", "snli_distilbert_transformer"),
+    ("snli_distilbert_grassmann_frozen", "snli_distilbert_transformer_frozen"),
+    ("snli_distilbert_grassmann_tuned_frozen", "snli_distilbert_transformer_frozen"),
+    ("snli_distilbert_grassmann_frozen", "snli_distilbert_grassmann_without_features_frozen"),
+    ("snli_grassmann_scratch", "snli_bert_scratch"),
+]
 
 
 def test_the_tour_works_when_pasted(tmp_path, run_python):
@@ -20,12 +34,18 @@ def test_the_tour_works_when_pasted(tmp_path, run_python):
     options = ["--num_train_epochs=1", "--report_to=none", f"--output_dir={tmp_path / 'runs' / 'quickstart'}"]
     training = run_python("trainer_scripts/run_clm.py", *recipe, *options)
     assert training.returncode == 0, training.stderr
+    # And `make quickstart-nli`.
+    options[-1] = f"--output_dir={tmp_path / 'runs' / 'quickstart_nli'}"
+    recipe[0] = "configuration/quickstart/entailment_pairs.yaml"
+    training = run_python("trainer_scripts/run_nli.py", *recipe, *options)
+    assert training.returncode == 0, training.stderr
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 5
     tour = run_python("-c", f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
     assert tour.returncode == 0, tour.stderr
     assert "12,639,936 parameters" in tour.stdout
     assert "torch.Size([2, 10, 64])" in tour.stdout
+    assert "'label': 'contradiction'" in tour.stdout
 
 
 def test_the_two_set_up_commands_come_first_and_exist():
@@ -50,6 +70,20 @@ def test_the_results_are_those_of_the_recorded_runs(document, parent):
     runs = [load_run(REPOSITORY / "model_cards" / f"wikitext2_{name}") for name in RESULTS]
     table = results_table(runs, find_baseline(runs, "wikitext2_gpt2_6l"), REPOSITORY / parent)
     assert table in (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def test_the_results_of_classifiers_are_those_of_the_recorded_runs():
+    folders = [sorted((REPOSITORY / "model_cards").glob(f"{name}_seed?")) for name in CLASSIFIERS]
+    groups = group_runs([load_run(folder) for group in folders for folder in group])
+    assert list(groups) == CLASSIFIERS
+    assert classifier_table(list(groups.values()), "test", REPOSITORY) in README
+    comparisons = [compare(groups[first], groups[second], "test") for first, second in COMPARISONS]
+    assert comparison_table(comparisons, "test") in README
+
+
+def test_the_speed_of_the_heads_is_the_recorded_one():
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "heads_h200.json").read_text(encoding="utf-8"))
+    assert heads.table(record["results"], record["head_parameters"]) in README
 
 
 def test_the_speed_of_the_mixer_is_the_recorded_one():
