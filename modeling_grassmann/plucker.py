@@ -123,7 +123,6 @@ def unit(vectors: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
 def unit_tangent(direction: torch.Tensor, neighbour: torch.Tensor, pair: torch.Tensor, eps: float) -> torch.Tensor:
     """
     Unit vector perpendicular to `direction` in its plane with `neighbour`; zeros where there is no pair or no plane.
-    Its norm is computed from the difference itself: `‖y‖² - ⟨z, y⟩²` loses all digits for near-parallel vectors.
 
     Args:
         direction (`torch.Tensor` of shape `(..., r)`): of unit norm, or zero.
@@ -271,44 +270,6 @@ def window_pair_weights(window_size: int, num_heads: int, pair_sharing: str) -> 
     return weights
 
 
-def window_tangents(
-    z: torch.Tensor,
-    direction: torch.Tensor,
-    pair_weights: torch.Tensor,
-    real: torch.Tensor,
-    window_stride: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Weighted sums of [`unit_tangent`] over the pairs of each token in its windows, and the numbers of these pairs.
-    Takes what [`plucker_window_features`] does, and the vectors `z` scaled to unit norm.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, H, r)` and integer `torch.Tensor` of shape `(B, T, 1)`.
-    """
-    length, window_size = z.shape[1], pair_weights.shape[-1]
-    other = ~torch.eye(window_size, dtype=torch.bool, device=z.device)
-    total, count = 0.0, 0
-    for front in range(0, window_size, window_stride):
-        padding = (front, -(front + length) % window_size)
-        y, z_hat = (
-            F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)).transpose(2, 3)
-            for vectors in (z, direction)
-        )  # (B, N, H, W, r)
-        inside = F.pad(real, padding).unflatten(1, (-1, window_size))  # (B, N, W)
-        pair = inside[..., :, None] & inside[..., None, :] & other  # (B, N, W, W)
-
-        product = z_hat @ y.transpose(-1, -2)  # (B, N, H, W, W)
-        # The one tensor with r entries per pair: the norm has to be that of the difference, see `unit_tangent`.
-        square = (y[..., None, :, :] - product[..., None] * z_hat[..., :, None, :]).square().sum(-1)
-        spans = pair[:, :, None] & (square > eps**2 * y.square().sum(-1)[..., None, :])
-        factors = torch.where(spans, pair_weights * torch.where(spans, square, 1).rsqrt(), 0)
-        tangents = factors @ y - (factors * product).sum(-1, keepdim=True) * z_hat  # (B, N, H, W, r)
-        total = total + tangents.transpose(2, 3).flatten(1, 2)[:, front : front + length]  # -> (B, T, H, r)
-        count = count + pair.sum(-1).flatten(1, 2)[:, front : front + length, None]  # (B, N, W) -> (B, T, 1)
-    return total, count
-
-
 def plucker_window_features(
     reduced: torch.Tensor,
     weight: torch.Tensor,
@@ -342,10 +303,22 @@ def plucker_window_features(
     Returns:
         `torch.Tensor` of shape `(B, T, d)`.
     """
+    length, window_size = reduced.shape[1], pair_weights.shape[-1]
     reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
     direction = unit(reduced, reduced.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
-    with torch.autocast(reduced.device.type, enabled=False):
-        tangent, count = window_tangents(reduced, direction, pair_weights.to(reduced.dtype), real, window_stride, eps)
+    other = ~torch.eye(window_size, dtype=torch.bool, device=reduced.device)
+    tangent, count = 0.0, 0
+    for front in range(0, window_size, window_stride):
+        padding = (front, -(front + length) % window_size)
+        z, z_hat = (
+            F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)) for vectors in (reduced, direction)
+        )  # (B, N, W, H, r)
+        inside = F.pad(real, padding).unflatten(1, (-1, window_size))  # (B, N, W)
+        pair = inside[..., :, None] & inside[..., None, :] & other  # (B, N, W, W)
+        tangents = unit_tangent(z_hat[:, :, :, None], z[:, :, None], pair[..., None, None], eps)  # (B, N, W, W, H, r)
+        tangents = torch.einsum("bnijhr,hij->bnihr", tangents, pair_weights.to(tangents.dtype))
+        tangent = tangent + tangents.flatten(1, 2)[:, front : front + length]  # (B, N, W, H, r) -> (B, T, H, r)
+        count = count + pair.sum(-1).flatten(1, 2)[:, front : front + length, None]  # (B, N, W) -> (B, T, 1)
     tangent = tangent / count.clamp(min=1)[..., None]
     return project_planes(direction, tangent, weight, bias, count > 0)
 
