@@ -125,8 +125,6 @@ class GrassmannConfig(PreTrainedConfig):
         if self.offsets is None:
             per_layer = (i * len(PAPER_OFFSETS) // self.num_hidden_layers for i in range(self.num_hidden_layers))
             self.offsets = [[PAPER_OFFSETS[index]] for index in per_layer]
-        if self.classifier_pooling is None:
-            self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
 
     @property
@@ -168,7 +166,7 @@ class GrassmannConfig(PreTrainedConfig):
     def validate_choices(self):
         if self.norm_placement not in ("post", "pre"):
             raise ValueError(f'`norm_placement` must be "post" or "pre", got {self.norm_placement!r}.')
-        if self.classifier_pooling not in POOLINGS:
+        if self.classifier_pooling not in (None, *POOLINGS):
             raise ValueError(f"`classifier_pooling` must be one of {POOLINGS}, got {self.classifier_pooling!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")

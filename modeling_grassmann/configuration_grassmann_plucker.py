@@ -28,7 +28,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
             `"grassmann"` (Plücker features of token pairs), `"transformer"` (PyTorch's encoder layers, for
             comparison) or `"linear"` (pooling alone).
         freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether only the head is trained. A frozen backbone also runs without dropout.
+            Whether only the head is trained. A frozen backbone also runs without dropout. To train it after all, load
+            the model with `freeze_backbone=False`.
         hidden_size (`int`, *optional*, defaults to 256):
             Dimension to which the head projects the backbone's tokens; not used by the linear head.
         num_hidden_layers (`int`, *optional*, defaults to 2):
@@ -64,7 +65,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the head's LayerNorms.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the head's initial weights.
+            Standard deviation of the head's initial weights, but for the projections of the Transformer's attention,
+            which PyTorch initialises.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: for an impossible value; the message names the field.

@@ -385,7 +385,8 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
             real = input_ids != self.config.pad_token_id
         else:
             real = hidden_states.new_ones(batch_size, length, dtype=torch.bool)
-        logits = self.score(pool(hidden_states, real, self.config.classifier_pooling))
+        pooling = self.config.classifier_pooling or ("last" if self.config.is_causal else "mean")
+        logits = self.score(pool(hidden_states, real, pooling))
 
         loss = None
         if labels is not None:

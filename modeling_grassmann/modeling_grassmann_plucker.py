@@ -134,6 +134,8 @@ def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
     """
     name = type(backbone).__name__
     expected = MODEL_MAPPING.get(type(config), type(backbone))
+    # Funnel has two base models, of which `AutoModel` makes the first.
+    expected = expected[0] if isinstance(expected, tuple) else expected
     if type(backbone) is not expected:
         raise ValueError(
             f"`backbone` must be the {expected.__name__} that `AutoModel` makes of its configuration, got a {name}."
@@ -154,7 +156,8 @@ def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
 @auto_docstring(
     custom_intro="""
     A text encoder of Transformers with a classification head on its tokens: Plücker features of token pairs, or one of
-    the heads they are compared with.
+    the heads they are compared with. Heads and pooling see real tokens only, so that padding changes a row's logits no
+    more than it changes the backbone's own outputs.
     """
 )
 class GrassmannPluckerForSequenceClassification(PreTrainedModel):
@@ -181,9 +184,9 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
             backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.backbone = backbone
         check_backbone(config.backbone_config, self.backbone)
-        # A pooler would be made of weights that nothing here uses, and that get no gradient.
+        # A pooler would be made of weights that nothing here uses, and that get no gradient. Some backbones call it.
         if getattr(self.backbone, "pooler", None) is not None:
-            self.backbone.pooler = None
+            self.backbone.pooler = nn.Identity()
         if getattr(self.backbone.config, "use_cache", False):
             self.backbone.config.use_cache = False
         self.backbone_inputs = list(inspect.signature(self.backbone.forward).parameters)
@@ -208,7 +211,8 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
 
         Args:
             backbone (`str`, `os.PathLike` or `PreTrainedModel`):
-                Id on the Hub or folder of a model that `AutoModel` loads, or the model itself.
+                Id on the Hub or folder of a model that `AutoModel` loads, or the model itself, which then becomes part
+                of the new one: without its pooler, and without a decoding state.
             backbone_kwargs (`dict`, *optional*):
                 Arguments of `AutoModel.from_pretrained`, such as `revision` or `trust_remote_code`. The weights are
                 loaded in float32, however they were stored, unless it names another `dtype`.
@@ -291,6 +295,10 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
         optional = {
             name: value for name, value in optional.items() if value is not None and name in self.backbone_inputs
         }
+        for name in ("output_hidden_states", "output_attentions"):
+            # A setting of the whole model, which the backbone's own configuration does not know.
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
         outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
         hidden_states = outputs.last_hidden_state
         if attention_mask is None:

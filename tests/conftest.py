@@ -66,6 +66,8 @@ BACKBONES = {
     "roberta": ("roberta", BERT | {"max_position_embeddings": 80}),
     "electra": ("electra", BERT | {"embedding_size": 12}),
     "albert": ("albert", BERT | {"embedding_size": 12}),
+    # Calls its pooler without asking whether there is one.
+    "squeezebert": ("squeezebert", BERT | {"embedding_size": 16}),
     "gpt2": (
         "gpt2",
         {

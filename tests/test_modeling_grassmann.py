@@ -351,7 +351,6 @@ def test_the_pooling_says_which_real_tokens_are_classified_on_either_side_of_pad
         GrassmannForSequenceClassification, num_labels=3, is_causal=is_causal, classifier_pooling=pooling
     )
     resolved = pooling or ("last" if is_causal else "mean")
-    assert model.config.classifier_pooling == resolved
     rows = [make_ids(length, seed=length) for length in (9, 1, 5)]
     expected = []
     for row in rows:

@@ -355,6 +355,10 @@ def test_hidden_states_and_attentions_are_the_backbones_and_a_tuple_holds_the_sa
     assert len(output.hidden_states) == len(expected)
     for a, b in zip(output.hidden_states, expected, strict=True):
         assert torch.equal(a, b)
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == len(expected)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    model.config.output_hidden_states = False
     plain = model(ids, return_dict=False)
     assert isinstance(plain, tuple) and len(plain) == 1
     assert torch.equal(plain[0], model(ids).logits)

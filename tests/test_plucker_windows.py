@@ -304,3 +304,25 @@ def test_mixer_is_the_papers_layer(sharing):
     centred = mixed - mixed.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(mixer(h, real), expected)
+
+
+@pytest.fixture
+def reduced_matmul_precision():
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_parallel_vectors_stay_exact_zeros_where_matrix_products_are_inexact(reduced_matmul_precision):
+    torch.manual_seed(0)
+    # All tokens are multiples of one vector.
+    reduced = torch.randn(2, 20, 1, 1) * torch.randn(1, 1, 4, 16)
+    reduced.requires_grad_(True)
+    weights = window_pair_weights(8, 4, "distance")
+    projection = torch.randn(5, 4 * 120)
+    real = torch.ones(2, 20, dtype=torch.bool)
+    features = plucker_window_features(reduced, projection, None, weights, real, 8)
+    assert not features.any()
+    features.sum().backward()
+    assert not reduced.grad.any()

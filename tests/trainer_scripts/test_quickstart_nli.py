@@ -2,6 +2,8 @@ import json
 import re
 
 import pytest
+import yaml
+from conftest import REPOSITORY
 
 
 RECIPE = "configuration/quickstart/entailment_pairs.yaml"
@@ -32,9 +34,17 @@ def test_a_folder_without_a_run_and_a_run_without_a_test_are_refused(tmp_path, r
 
 
 @pytest.mark.slow
-def test_the_quickstart_compares_sentences(tmp_path, run_python):
-    training = run_python("trainer_scripts/run_nli.py", RECIPE, f"--output_dir={tmp_path}")
+def test_the_quickstart_compares_sentences_by_its_plucker_features(tmp_path, run_python):
+    with_features, without = tmp_path / "with", tmp_path / "without"
+    training = run_python("trainer_scripts/run_nli.py", RECIPE, f"--output_dir={with_features}")
     assert training.returncode == 0, training.stderr
-    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
+    check = run_python("trainer_scripts/quickstart_nli.py", with_features)
     assert check.returncode == 0, check.stdout + check.stderr
-    assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] >= 0.9
+    accuracy = json.loads((with_features / "metrics.json").read_text())["test_accuracy"]
+    assert accuracy >= 0.9
+
+    overrides = yaml.safe_load((REPOSITORY / RECIPE).read_text())["config_overrides"] | {"use_plucker_features": False}
+    options = [f"--config_overrides={json.dumps(overrides)}", f"--output_dir={without}"]
+    training = run_python("trainer_scripts/run_nli.py", RECIPE, *options)
+    assert training.returncode == 0, training.stderr
+    assert json.loads((without / "metrics.json").read_text())["test_accuracy"] < accuracy - 0.2
