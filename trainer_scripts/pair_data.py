@@ -1,7 +1,8 @@
 """Pairs of sentences with labels: load them, bring their labels into one form, tokenise them."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from entailment_pairs import load_entailment_pairs
 from models import mapping
 from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "entailment_pairs"
 
@@ -91,11 +94,11 @@ class Pairs:
 def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
     """Load the given splits; a missing `validation` is taken from the first rows of `train`.
 
-    Rows with the label -1, `-` or none at all are left out.
+    Rows with the label -1, `-` or none at all are left out, unless `label_mapping` names it.
 
     Raises:
         UserError: if data cannot be found or read, a column is missing or of the wrong kind, a text is missing, a
-            label is impossible, or a split has no labelled rows.
+            label is impossible, a split has no labelled rows, or a validation split taken from `train` lacks a class.
     """
     data = load_splits(args, load_entailment_pairs)
     data = {split: data[split] for split in SPLITS if split in data}
@@ -106,7 +109,10 @@ def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
                 f"column {args.label_column} of {args.source(split)} holds {rows.features[args.label_column]}, neither"
                 " text nor integers"
             )
-    labels = {split: [plain_label(value) for value in rows[args.label_column][:]] for split, rows in data.items()}
+    named = args.label_mapping or {}
+    labels = {
+        split: [plain_label(value, named) for value in rows[args.label_column][:]] for split, rows in data.items()
+    }
     names = class_names(args, data, labels)
 
     pairs, unlabelled = {}, dict.fromkeys(splits, 0)
@@ -119,13 +125,21 @@ def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
         check_split(split, pairs)
         if len(pairs[split]) == 0:
             raise UserError(f"the {split} data of {args.source(split)} are empty: they hold no row with a label")
+    if "validation" in splits and "validation" not in data:
+        _check_classes(pairs, names, args)
+    for split in splits:
         if (limit := args.limit(split)) is not None:
             pairs[split] = pairs[split].select(range(min(limit, len(pairs[split]))))
     return Pairs({split: pairs[split] for split in splits}, names, {split: unlabelled[split] for split in splits})
 
 
-def plain_label(value: Any) -> int | str | None:
-    """A label as an integer, also where a table stores it as a float or as text, or as text; None if there is none."""
+def plain_label(value: Any, named: Container[str]) -> int | str | None:
+    """A label as an integer, also where a table stores it as a float or as text, or as text; None if there is none.
+
+    Args:
+        value: what the column holds.
+        named: labels, as text, that count as such even if they are among those that mean that there is none.
+    """
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         value = int(value)
     elif isinstance(value, float):
@@ -133,7 +147,7 @@ def plain_label(value: Any) -> int | str | None:
         value = int(value) if value.is_integer() else None if value != value else str(value)
     elif isinstance(value, bool):
         value = int(value)
-    return None if value in (None, -1, "-", "") else value
+    return None if value in (None, -1, "-", "") and str(value) not in named else value
 
 
 def class_names(
@@ -215,6 +229,29 @@ def _labelled(rows: Dataset, ids: list[int | None], split: str, args: PairArgume
                 f" {column}"
             )
     return rows
+
+
+def _check_classes(pairs: Mapping[str, Dataset], names: list[str], args: PairArguments) -> None:
+    """
+    Raises:
+        UserError: if the validation split, the first rows of `train`, lacks a class of the rest.
+    """
+    if missing := {*pairs["train"]["label"][:]} - {*pairs["validation"]["label"][:]}:
+        raise UserError(
+            f"the first {len(pairs['validation'])} rows of {args.source('train')}, which become validation data, have"
+            f" no row of {', '.join(names[i] for i in sorted(missing))}: shuffle the rows if they are sorted by label,"
+            " name a validation_file, or raise validation_split_percentage"
+        )
+
+
+def warn_without_separator(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log a warning if nothing tells the model where the premise ends and the hypothesis begins."""
+    if tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add(pair=False):
+        logger.warning(
+            "%s puts no special token between the two texts: premise and hypothesis run together. End every premise"
+            " with a separator in the data, or name a tokenizer that separates them with tokenizer_name",
+            type(tokenizer).__name__,
+        )
 
 
 def check_max_length(args: PairArguments, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:

@@ -21,7 +21,6 @@ from metrics import compute_classification, first_output
 from models import (
     MODEL_ERRORS,
     ModelArguments,
-    check_fields,
     check_vocabulary,
     find,
     load_config,
@@ -30,7 +29,14 @@ from models import (
     usable_positions,
 )
 from outcomes import write_outcomes, write_predictions
-from pair_data import EMBEDDED, PairArguments, check_max_length, load_pairs, tokenize_pairs
+from pair_data import (
+    EMBEDDED,
+    PairArguments,
+    check_max_length,
+    load_pairs,
+    tokenize_pairs,
+    warn_without_separator,
+)
 from records import environment
 from training import (
     check_training_arguments,
@@ -52,7 +58,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_grassmann import GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification
+from modeling_grassmann import GrassmannPluckerForSequenceClassification
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +76,7 @@ class ClassifierArguments(ModelArguments):
         ),
         "config_name": ("model_name_or_path", "model_type", "backbone_name_or_path", "config_overrides"),
         "model_type": ("model_name_or_path", "config_name", "backbone_name_or_path", "config_overrides"),
-        "backbone_name_or_path": ("model_name_or_path", "config_name", "model_type"),
+        "backbone_name_or_path": ("model_name_or_path", "config_name", "model_type", "tokenizer_name"),
     }
 
     backbone_name_or_path: str | None = field(
@@ -86,6 +92,13 @@ class ClassifierArguments(ModelArguments):
         for name in ("num_labels", "id2label", "label2id"):
             if name in (self.config_overrides or {}):
                 raise UserError(f"config_overrides: {name} follows from the data: name their classes with class_names")
+        if "problem_type" in (self.config_overrides or {}):
+            raise UserError("config_overrides: problem_type cannot be chosen: each pair has one of the classes")
+        if self.backbone_name_or_path and "backbone_config" in (self.config_overrides or {}):
+            raise UserError(
+                "config_overrides: backbone_config follows from backbone_name_or_path; for a new backbone, use"
+                " model_type=grassmann_plucker instead"
+            )
 
     @property
     def tokenizer(self) -> str | None:
@@ -125,11 +138,14 @@ class ClassifierTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": head, "lr": self.args.head_learning_rate})
         return optimizer
 
+    def _get_learning_rate(self) -> float:
+        # Both of the same step; when it is logged, the optimizer's groups already have the rates of the next one.
+        self._last_head_learning_rate = self.optimizer.param_groups[-1]["lr"]
+        return super()._get_learning_rate()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.head_learning_rate is not None and logs.get("learning_rate"):
-            # Of the same step; the optimizer's groups already have the rates of the next one.
-            scale = logs["learning_rate"] / self.args.learning_rate
-            logs["head_learning_rate"] = scale * self.args.head_learning_rate
+        if self.args.head_learning_rate is not None and "learning_rate" in logs:
+            logs["head_learning_rate"] = self._last_head_learning_rate
         super().log(logs, start_time)
 
     def _get_eval_sampler(self, eval_dataset) -> None:
@@ -159,7 +175,6 @@ def load_classifier(
     """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if args.backbone_name_or_path:
-        check_fields(GrassmannPluckerConfig(), args.config_overrides or {})
         name = find("backbone_name_or_path", args.backbone_name_or_path)
         try:
             model = GrassmannPluckerForSequenceClassification.from_backbone(
@@ -207,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     with training_args.main_process_first(desc="data"):
         pairs = load_pairs(data_args, splits)
         tokenizer = load_tokenizer(model_args, build_tokenizer if data_args.dataset_name == EMBEDDED else None)
+        warn_without_separator(tokenizer)
         # Before the construction, so that the seed also decides the initial weights.
         set_seed(training_args.seed)
         model = load_classifier(model_args, tokenizer, pairs.label_names)

@@ -54,13 +54,16 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
     metric = args.metric_for_best_model
     if metric is not None:
         if metric.removeprefix("eval_") not in metrics:
-            raise UserError(f"metric_for_best_model={metric} is not measured: choose one of {', '.join(metrics)}")
+            raise UserError(
+                f"metric_for_best_model={metric} cannot choose the best model; these can: {', '.join(metrics)}"
+            )
         # The Trainer takes any name but a loss for one of which more is better.
         args.greater_is_better = metrics[metric.removeprefix("eval_")]
-    if args.dataloader_drop_last or args.prediction_loss_only or args.batch_eval_metrics:
+    in_parts = args.dataloader_drop_last or args.prediction_loss_only or args.batch_eval_metrics
+    if in_parts or not args.eval_do_concat_batches:
         raise UserError(
-            "dataloader_drop_last, prediction_loss_only and batch_eval_metrics must be false: what is measured, is"
-            " measured over the whole evaluation split"
+            "dataloader_drop_last, prediction_loss_only and batch_eval_metrics must be false, and"
+            " eval_do_concat_batches true: what is measured, is measured over the whole evaluation split"
         )
 
 

@@ -5,7 +5,8 @@ import datasets
 import pytest
 from arguments import UserError
 from datasets import ClassLabel, Dataset
-from pair_data import PairArguments, load_pairs, tokenize_pairs
+from pair_data import PairArguments, load_pairs, tokenize_pairs, warn_without_separator
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 
@@ -79,6 +80,21 @@ def test_rows_without_a_label_are_left_out_and_counted(labels, suffix, tmp_path)
     assert pairs.unlabelled == {"train": 3}
 
 
+@pytest.mark.parametrize(
+    ("labels", "suffix", "mapping"),
+    [
+        ([1, -1, 1, -1, None], "jsonl", {"-1": "no", "1": "yes"}),
+        (["+", "-", "+", "-", ""], "jsonl", {"-": "no", "+": "yes"}),
+        (["x", "", "x", "", "-"], "csv", {"": "no", "x": "yes"}),
+        ([1, -1, 1, -1, None], "csv", {"-1": "no", "1": "yes"}),
+    ],
+)
+def test_label_that_the_mapping_names_is_a_label(labels, suffix, mapping, tmp_path):
+    pairs = load(tmp_path, labels, suffix=suffix, label_mapping=mapping)
+    assert names(pairs) == ["no", "yes", "no"]
+    assert pairs.unlabelled == {"train": 1}
+
+
 def test_columns_are_those_that_the_recipe_names(tmp_path):
     rows = [{"hypothesis": f"p{i}", "premise": f"h{i}", "gold": i % 2, "label": "?"} for i in range(3)]
     columns = {"premise_column": "hypothesis", "hypothesis_column": "premise", "label_column": "gold"}
@@ -95,6 +111,18 @@ def test_missing_validation_is_taken_from_the_first_training_rows(tmp_path):
     assert pairs.splits["validation"]["index"][:] == [0, 1, 3, 4, 6]
     assert pairs.splits["train"]["index"][:] == [7, 9, 10, 12]
     assert pairs.unlabelled == {"train": 10, "validation": 0}
+
+
+def test_validation_taken_from_data_sorted_by_label_is_refused(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [{"premise": "p", "hypothesis": "h", "label": label} for label in "aaaaaabbbbbbcccccc"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = PairArguments(train_file=str(path), validation_split_percentage=25)
+    with pytest.raises(UserError, match=r"first 4 rows of .*train.jsonl.* no row of b, c: shuffle.* validation_file"):
+        load_pairs(args, ["train", "validation"])
+    assert set(load_pairs(args, ["train"]).splits["train"]["label"]) == {0, 1, 2}
+    args = PairArguments(train_file=str(path), validation_file=str(path), max_eval_samples=2)
+    assert load_pairs(args, ["validation"]).splits["validation"]["label"][:] == [0, 0]
 
 
 def test_mistakes_in_splits_that_are_not_used_do_no_harm(tmp_path):
@@ -132,6 +160,21 @@ def test_pair_without_a_token_is_refused(tmp_path, pair_tokenizer):
     rows = [{"premise": text, "hypothesis": text, "label": label} for text, label in zip(["a", "a", ""], "aba")]
     with pytest.raises(UserError, match=r"row 2 .* no token"):
         tokenize_pairs(load(tmp_path, None, rows), "train", tokenizer, ["a", "b"], 20, PairArguments("x"))
+
+
+@pytest.mark.parametrize(
+    ("template", "warnings"),
+    [("[CLS] $A [SEP] $B:1 [SEP]:1", 0), ("$A $B:1", 1), ("[CLS] $A $B:1 [SEP]", 1)],
+)
+def test_tokenizer_that_runs_the_texts_together_gets_one_warning(template, warnings, pair_tokenizer, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(pair_tokenizer)
+    single = template.replace(" [SEP] $B:1", "").replace(" $B:1", "").replace(":1", "")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    warn_without_separator(tokenizer)
+    assert len(caplog.messages) == warnings
+    assert all("run together" in message and "separator" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(

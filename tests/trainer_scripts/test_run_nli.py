@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import run_nli
 import torch
+from arguments import parse
 from checkpoints import checkpoints
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 
@@ -124,6 +126,29 @@ def test_log_has_the_rates_of_backbone_and_head(trained):
     for entry in steps:
         assert entry["head_learning_rate"] == pytest.approx(2 * entry["learning_rate"])
     assert steps[-1]["learning_rate"] < 0.1 * steps[0]["learning_rate"]
+
+
+def test_rate_of_the_head_is_logged_where_that_of_the_backbone_is_0(tiny_classifier, tmp_path):
+    schedule = ["--learning_rate=0", "--max_steps=4", "--logging_steps=1", "--save_strategy=no"]
+    run_nli.main([*tiny_classifier, *schedule, "--do_train", f"--output_dir={tmp_path / 'out'}"])
+    steps = [entry for entry in read_lines(tmp_path / "out" / "log.jsonl") if "loss" in entry]
+    assert [entry["learning_rate"] for entry in steps] == [0] * 4
+    assert [entry["head_learning_rate"] for entry in steps] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_rate_of_the_head_is_logged_from_the_first_step_of_a_warm_up(tiny_classifier, tmp_path):
+    schedule = ["--warmup_steps=2", "--max_steps=4", "--logging_steps=1", "--save_strategy=no"]
+    run_nli.main([*tiny_classifier, *schedule, "--do_train", f"--output_dir={tmp_path / 'out'}"])
+    steps = [entry for entry in read_lines(tmp_path / "out" / "log.jsonl") if "loss" in entry]
+    assert [entry["head_learning_rate"] for entry in steps] == pytest.approx([0, 5e-3, 1e-2, 5e-3])
+
+
+def test_backbone_of_the_command_line_brings_its_tokenizer(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_type: bert\ntokenizer_name: b\noutput_dir: {tmp_path}\n")
+    assert parse(run_nli.ARGUMENTS, [str(recipe), "--backbone_name_or_path=x"])[0].tokenizer == "x"
+    argv = [str(recipe), "--backbone_name_or_path=x", "--tokenizer_name=y"]
+    assert parse(run_nli.ARGUMENTS, argv)[0].tokenizer == "y"
 
 
 def test_optimizer_has_every_weight_once_at_the_rate_of_its_part(backbone, tmp_path):
@@ -259,6 +284,17 @@ def test_embedded_pairs_are_the_default_and_bring_a_tokenizer(tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert [metrics[f"{prefix}_rows"] for prefix in ("train", "eval", "test")] == [8, 6, 6]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").tokenize("sparrows") == ["sparrows"]
+
+
+def test_run_warns_once_where_the_tokenizer_does_not_separate_the_texts(
+    tiny_classifier, pair_tokenizer, tmp_path, caplog
+):
+    tokenizer = AutoTokenizer.from_pretrained(pair_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    argv = [*tiny_classifier, f"--tokenizer_name={tmp_path / 'tokenizer'}", "--do_train", "--do_eval", "--max_steps=1"]
+    run_nli.main([*argv, "--save_strategy=no", f"--output_dir={tmp_path / 'out'}"])
+    assert sum("run together" in message for message in caplog.messages) == 1
 
 
 def test_longer_pairs_are_cut_and_counted(tiny_classifier, pair_files, tmp_path):
