@@ -50,17 +50,40 @@ def make_window_mixer(config: GrassmannPluckerConfig) -> nn.Module:
     )
 
 
-class GrassmannPluckerHead(nn.Module):
-    """Mixing layers over windows of the backbone's tokens."""
+class TransformerLayer(nn.TransformerEncoderLayer):
+    """PyTorch's own layer, for comparison."""
+
+    def __init__(self, config: GrassmannPluckerConfig):
+        super().__init__(
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size,
+            config.hidden_dropout,
+            ACT2FN[config.hidden_act],
+            config.layer_norm_eps,
+            batch_first=True,
+            norm_first=config.norm_placement == "pre",
+        )
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, src_key_padding_mask=~real)
+
+
+def make_layer(config: GrassmannPluckerConfig) -> nn.Module:
+    if config.head_type == "transformer":
+        return TransformerLayer(config)
+    return GrassmannBlock(config, make_window_mixer(config))
+
+
+class MixingHead(nn.Module):
+    """Layers that mix the backbone's tokens, projected to the head's own size, and pooling."""
 
     def __init__(self, config: GrassmannPluckerConfig, input_size: int):
         super().__init__()
         self.output_size = config.hidden_size
         self.pooling = config.pooling
         self.projection = nn.Linear(input_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [GrassmannBlock(config, make_window_mixer(config)) for _ in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([make_layer(config) for _ in range(config.num_hidden_layers)])
         # The last residual of pre-norm layers has not been normalised yet.
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm_placement == "pre" else None
 
@@ -72,40 +95,6 @@ class GrassmannPluckerHead(nn.Module):
         real = real.gather(1, order)
         for layer in self.layers:
             hidden_states = layer(hidden_states, real)
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
-        return pool(hidden_states, real, self.pooling)
-
-
-class TransformerHead(nn.Module):
-    """PyTorch's own encoder layers over the backbone's tokens, for comparison."""
-
-    def __init__(self, config: GrassmannPluckerConfig, input_size: int):
-        super().__init__()
-        self.output_size = config.hidden_size
-        self.pooling = config.pooling
-        self.projection = nn.Linear(input_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [
-                nn.TransformerEncoderLayer(
-                    config.hidden_size,
-                    config.num_heads,
-                    config.intermediate_size,
-                    config.hidden_dropout,
-                    ACT2FN[config.hidden_act],
-                    config.layer_norm_eps,
-                    batch_first=True,
-                    norm_first=config.norm_placement == "pre",
-                )
-                for _ in range(config.num_hidden_layers)
-            ]
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm_placement == "pre" else None
-
-    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.projection(hidden_states)  # (B, T, d)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, src_key_padding_mask=~real)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return pool(hidden_states, real, self.pooling)
@@ -124,7 +113,7 @@ class LinearHead(nn.Module):
 
 
 # Each maps the backbone's tokens (B, T, input_size) and which of them are real (B, T) to (B, output_size).
-HEADS = {"grassmann": GrassmannPluckerHead, "transformer": TransformerHead, "linear": LinearHead}
+HEADS = {"grassmann": MixingHead, "transformer": MixingHead, "linear": LinearHead}
 
 
 def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
@@ -164,7 +153,7 @@ class GrassmannPluckerForSequenceClassification(PreTrainedModel):
     config: GrassmannPluckerConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GrassmannBlock", "TransformerEncoderLayer"]
+    _no_split_modules = ["GrassmannBlock", "TransformerLayer"]
     # Attention is the backbone's own affair.
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -209,7 +209,7 @@ def test_a_device_map_loads_the_same_model(device_map, head_type, make_classifie
 
 @pytest.mark.parametrize("name", ["bert", "grassmann"])
 def test_no_layer_of_head_or_backbone_is_split_over_devices(name, make_classifier):
-    for head_type, layer in [("grassmann", "GrassmannBlock"), ("transformer", "TransformerEncoderLayer")]:
+    for head_type, layer in [("grassmann", "GrassmannBlock"), ("transformer", "TransformerLayer")]:
         model = make_classifier(name, head_type=head_type)
         assert {layer, *model.backbone._no_split_modules} <= set(model._no_split_modules)
 
