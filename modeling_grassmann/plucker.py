@@ -513,6 +513,16 @@ class PluckerWindowMixer(nn.Module):
         layer_norm_eps: float = 1e-5,
     ):
         super().__init__()
+        if window_size < 2 or window_size % window_stride != 0:
+            raise ValueError(
+                f"`window_size` must be at least 2 and a multiple of `window_stride` ({window_stride}), got "
+                f"{window_size}."
+            )
+        if reduced_size % num_heads != 0 or reduced_size < 2 * num_heads:
+            raise ValueError(
+                f"`reduced_size` must be a multiple of `num_heads` ({num_heads}), with at least 2 dimensions a head, "
+                f"got {reduced_size}."
+            )
         self.window_size = window_size
         self.window_stride = window_stride
         self.num_heads = num_heads

@@ -326,3 +326,18 @@ def test_parallel_vectors_stay_exact_zeros_where_matrix_products_are_inexact(red
     assert not features.any()
     features.sum().backward()
     assert not reduced.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window_stride": 3}, r"`window_size` must be .* a multiple of `window_stride` \(3\), got 8"),
+        ({"window_size": 1, "window_stride": 1}, "`window_size` must be at least 2"),
+        ({"reduced_size": 10}, r"`reduced_size` must be a multiple of `num_heads` \(4\), .* got 10"),
+        ({"reduced_size": 4}, "at least 2 dimensions a head, got 4"),
+    ],
+)
+def test_an_impossible_mixer_is_refused(fields, message):
+    sizes = {"hidden_size": 16, "reduced_size": 16, "window_size": 8, "window_stride": 8, "num_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        PluckerWindowMixer(**(sizes | fields))
