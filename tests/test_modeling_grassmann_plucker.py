@@ -119,7 +119,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 import modeling_grassmann
 torch.set_num_threads(1)
-saved = torch.load({str(tmp_path / "expected.pt")!r})
+saved = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 for name, logits in saved["expected"].items():
     model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r} + "/" + name)
     assert torch.equal(model(saved["ids"], attention_mask=saved["mask"]).logits, logits), name
