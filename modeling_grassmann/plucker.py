@@ -162,13 +162,12 @@ def project_planes(direction, tangent, weight, bias, has_pair) -> torch.Tensor:
 
 def plucker_features_collapsed(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
     """[`plucker_features`] by the exact collapse: one wedge and one projection per token."""
-    nonzero = query.square().sum(-1, keepdim=True) > 0
-    direction = unit(query, nonzero)  # (B, T, H, r)
+    direction = unit(query, query.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
     tangent, count = 0.0, 0
     for index, delta in enumerate(offsets):
         past = shift(source, delta, query.shape[1])
         pair = is_pair(positions, delta, query.shape[1])[..., None]  # (B, T, 1)
-        tangents = unit_tangent(direction, past, pair[..., None] & nonzero, eps)
+        tangents = unit_tangent(direction, past, pair[..., None], eps)
         if offset_weights is not None:
             tangents = tangents * offset_weights[:, index, None]
         tangent = tangent + tangents

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from test_modeling_grassmann import COMPILER, check_compiled, gradients
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
@@ -35,8 +36,6 @@ from modeling_grassmann import (
 )
 
 
-# Inductor needs a C++ compiler; everything that Dynamo may refuse shows without one, too.
-COMPILER = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 LENGTHS = [17, 1, 9, 4]
 
 
@@ -48,12 +47,6 @@ def pad_right(rows, fill=None, extra=0):
         ids[index, : len(row)] = row
         mask[index, : len(row)] = 1
     return ids, mask
-
-
-def gradients(model, **inputs):
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def plucker_features_of(model, **inputs):
@@ -658,31 +651,24 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(
 # Tools around the model
 
 
-def check_compiled(model, make_ids, backend):
+@pytest.fixture
+def padded_inputs(make_ids):
     ids, mask = pad_right([make_ids(12, seed=1), make_ids(7, seed=2)])
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2])}
-    expected, expected_gradients = model(**inputs), gradients(model, **inputs)
-    torch._dynamo.reset()
-    model.zero_grad()
-    output = torch.compile(model, fullgraph=True, backend=backend)(**inputs)
-    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=0)
-    output.loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2])}
 
 
 @pytest.mark.parametrize("name", ["distilbert", "grassmann"])
-def test_every_head_is_traced_without_a_graph_break(name, head_type, make_classifier, make_ids):
-    check_compiled(make_classifier(name, head_type=head_type, num_hidden_layers=1), make_ids, "eager")
+def test_every_head_is_traced_without_a_graph_break(name, head_type, make_classifier, padded_inputs):
+    check_compiled(make_classifier(name, head_type=head_type, num_hidden_layers=1), padded_inputs, "eager")
 
 
-def test_autograd_traces_the_plucker_head(make_classifier, make_ids):
-    check_compiled(make_classifier("grassmann", num_hidden_layers=1), make_ids, "aot_eager")
+def test_autograd_traces_the_plucker_head(make_classifier, padded_inputs):
+    check_compiled(make_classifier("grassmann", num_hidden_layers=1), padded_inputs, "aot_eager")
 
 
 @pytest.mark.slow
-def test_a_compiled_classifier_gives_eager_outputs_and_gradients(make_classifier, make_ids):
-    check_compiled(make_classifier("grassmann", num_hidden_layers=1), make_ids, COMPILER)
+def test_a_compiled_classifier_gives_eager_outputs_and_gradients(make_classifier, padded_inputs):
+    check_compiled(make_classifier("grassmann", num_hidden_layers=1), padded_inputs, COMPILER)
 
 
 def test_float64_gives_the_logits_of_float32_to_rounding(backbone, head_type, make_classifier, make_ids):

@@ -148,6 +148,20 @@ def with_validation(splits: dict[str, Dataset], percentage: int) -> dict[str, Da
     return {**splits, "train": rows.select(range(cut, len(rows))), "validation": rows.select(range(cut))}
 
 
+def map_batches(
+    rows: Dataset, encode: Callable[[dict[str, list]], dict[str, list]], args: DataFileArguments
+) -> Dataset:
+    """The rows with the columns that `encode`, a tokenisation of batches, makes in the place of their own."""
+    return rows.map(
+        encode,
+        batched=True,
+        num_proc=args.preprocessing_num_workers,
+        remove_columns=rows.column_names,
+        load_from_cache_file=not args.overwrite_cache,
+        desc="Tokenising",
+    )
+
+
 def _load_file(path: str, suffixes: tuple[str, ...], options: Mapping[str, Mapping[str, Any]]) -> Dataset:
     if not os.path.isfile(path):
         raise UserError(f"data file {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")

@@ -15,6 +15,7 @@ from data_files import (
     check_split,
     check_text_column,
     load_splits,
+    map_batches,
     with_validation,
 )
 from datasets import ClassLabel, Dataset, Value
@@ -311,14 +312,7 @@ def tokenize_pairs(
         return {**encoding, "labels": [ids[label] for label in batch["label"]], "length": lengths}
 
     rows = pairs.splits[split]
-    encoded = rows.map(
-        encode,
-        batched=True,
-        num_proc=args.preprocessing_num_workers,
-        remove_columns=rows.column_names,
-        load_from_cache_file=not args.overwrite_cache,
-        desc="Tokenising",
-    )
+    encoded = map_batches(rows, encode, args)
     lengths = np.array(encoded["length"][:])
     longest, shortest = int(lengths.argmax()), int(lengths.argmin())
     where = f"of the {split} data of {args.source(split)}"

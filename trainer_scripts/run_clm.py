@@ -7,7 +7,6 @@ Works under `accelerate launch` and `torchrun` as well. All names of `TrainingAr
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +15,10 @@ from typing import Any
 import datasets
 import torch
 from arguments import UserError, exits_on_user_error, parse
-from checkpoints import RunLog, write_json
+from checkpoints import RunLog
 from corpus import train_tokenizer
 from metrics import compute_perplexity, sum_negative_log_likelihood
 from models import ModelArguments, load_config, load_model, load_tokenizer
-from records import environment
 from text_data import EMBEDDED_CORPUS, DataArguments, load_blocks, load_texts
 from training import (
     check_training_arguments,
@@ -30,6 +28,7 @@ from training import (
     setup_logging,
     train,
     wanted_splits,
+    write_metrics,
     write_recipe,
 )
 from transformers import (
@@ -141,10 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = trainer.predict(blocks["test"], metric_key_prefix="test").metrics
         results.update(report(trainer, "test", metrics))
 
-    if trainer.is_world_process_zero():
-        results |= {"parameters": model.num_parameters(), "block_size": block_size, **environment(training_args)}
-        results["wall_time_seconds"] = round(time.time() - start, 1)
-        write_json(os.path.join(training_args.output_dir, "metrics.json"), results)
+    write_metrics(trainer, {**results, "parameters": model.num_parameters(), "block_size": block_size}, start)
 
 
 if __name__ == "__main__":

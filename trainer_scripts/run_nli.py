@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from arguments import UserError, exits_on_user_error, parse
-from checkpoints import RunLog, write_json
+from checkpoints import RunLog
 from entailment_pairs import build_tokenizer
 from metrics import compute_classification, first_output
 from models import (
@@ -37,7 +37,6 @@ from pair_data import (
     tokenize_pairs,
     warn_without_separator,
 )
-from records import environment
 from training import (
     check_training_arguments,
     checkpoint_to_resume,
@@ -46,6 +45,7 @@ from training import (
     setup_logging,
     train,
     wanted_splits,
+    write_metrics,
     write_recipe,
 )
 from transformers import (
@@ -121,6 +121,8 @@ class ClassifierTrainingArguments(TrainingArguments):
 ARGUMENTS = (ClassifierArguments, PairArguments, ClassifierTrainingArguments)
 # What is measured, and whether more of it is better.
 METRICS = {"loss": False, "accuracy": True}
+# What the Trainer calls the splits in the names of metrics.
+PREFIXES = {"train": "train", "validation": "eval", "test": "test"}
 
 
 class ClassifierTrainer(Trainer):
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%s with %.2fM parameters", type(model).__name__, model.num_parameters() / 1e6)
     logger.info("Classes: %s", ", ".join(label_names))
     for split in splits:
-        prefix = "eval" if split == "validation" else split
+        prefix = PREFIXES[split]
         facts[f"{prefix}_rows"] = len(rows[split])
         facts[f"{prefix}_unlabelled"] = pairs.unlabelled[split]
         lengths = rows[split]["length"][:]
@@ -271,9 +273,10 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_train:
         metric = (training_args.metric_for_best_model or "accuracy").removeprefix("eval_")
         results.update(train(trainer, resumed, use_cache, metric, METRICS[metric]))
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split not in rows:
+    for split in splits:
+        if split == "train":
             continue
+        prefix = PREFIXES[split]
         output = trainer.predict(rows[split], metric_key_prefix=prefix)
         trainer.log(output.metrics)
         results.update(report(trainer, prefix, output.metrics))
@@ -283,10 +286,7 @@ def main(argv: list[str] | None = None) -> None:
                 path = os.path.join(training_args.output_dir, f"predictions_{split}.jsonl")
                 write_predictions(path, pairs.splits[split], output, label_names)
 
-    if trainer.is_world_process_zero():
-        results |= {**facts, **environment(training_args)}
-        results["wall_time_seconds"] = round(time.time() - start, 1)
-        write_json(os.path.join(training_args.output_dir, "metrics.json"), results)
+    write_metrics(trainer, {**results, **facts}, start)
 
 
 if __name__ == "__main__":

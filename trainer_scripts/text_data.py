@@ -8,7 +8,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from arguments import UserError
 from corpus import load_stdlib_docs
-from data_files import SPLITS, DataFileArguments, check_split, check_text_column, load_splits, with_validation
+from data_files import (
+    SPLITS,
+    DataFileArguments,
+    check_split,
+    check_text_column,
+    load_splits,
+    map_batches,
+    with_validation,
+)
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -78,14 +86,7 @@ def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArgum
         encoding = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": encoding["input_ids"]}
 
-    encoded = texts.map(
-        encode,
-        batched=True,
-        num_proc=args.preprocessing_num_workers,
-        remove_columns=texts.column_names,
-        load_from_cache_file=not args.overwrite_cache,
-        desc="Tokenising",
-    )
+    encoded = map_batches(texts, encode, args)
     if len(encoded) == 0:
         return np.empty(0, dtype=np.int64)
     return pc.list_flatten(encoded.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)

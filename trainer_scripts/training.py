@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import datasets
 import transformers
 import yaml
 from arguments import UserError, resolve
-from checkpoints import checkpoints, is_complete, last_complete_checkpoint, write_atomically
-from records import best_epoch, mean_logged_loss
+from checkpoints import checkpoints, is_complete, last_complete_checkpoint, write_atomically, write_json
+from records import best_epoch, environment, mean_logged_loss
 from transformers import Trainer, TrainerState, TrainingArguments
 
 
@@ -197,3 +198,10 @@ def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str,
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     return metrics
+
+
+def write_metrics(trainer: Trainer, results: dict[str, Any], start: float) -> None:
+    """Write `metrics.json`: the results of a run that began at the time `start`, and what it ran on."""
+    if trainer.is_world_process_zero():
+        results = {**results, **environment(trainer.args), "wall_time_seconds": round(time.time() - start, 1)}
+        write_json(os.path.join(trainer.args.output_dir, "metrics.json"), results)

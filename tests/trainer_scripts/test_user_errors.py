@@ -19,6 +19,15 @@ def failure(argv, output_dir, capsys, main=run_clm.main):
     return lines[0]
 
 
+def check_command_line(run_python, script, argv, output_dir, words):
+    process = run_python(f"trainer_scripts/{script}", *argv, f"--output_dir={output_dir}")
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    assert process.stderr.startswith("error: ")
+    assert all(word in process.stderr for word in words)
+    assert not output_dir.exists()
+
+
 def test_command_line_prints_one_line_and_exits_with_2(tmp_path, run_python):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_type: gpt2\nlearning_rat: 1e-3\n")
@@ -26,12 +35,7 @@ def test_command_line_prints_one_line_and_exits_with_2(tmp_path, run_python):
         ([recipe], [str(recipe), "learning_rat", "learning_rate"]),
         (["--model_type=gpt2", "--tokenizer_name=x", "--train_file=missing.txt", "--do_train"], ["missing.txt"]),
     ]:
-        process = run_python("trainer_scripts/run_clm.py", *argv, f"--output_dir={tmp_path}/out")
-        assert process.returncode == 2
-        assert len(process.stderr.splitlines()) == 1, process.stderr
-        assert process.stderr.startswith("error: ")
-        assert all(word in process.stderr for word in words)
-        assert not (tmp_path / "out").exists()
+        check_command_line(run_python, "run_clm.py", argv, tmp_path / "out", words)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import run_nli
+from test_user_errors import check_command_line
 from test_user_errors import failure as failure_of
 from transformers import AutoTokenizer, T5Config, T5Model
 
@@ -18,12 +19,7 @@ def test_command_line_prints_one_line_and_exits_with_2(tmp_path, run_python):
         (["--model_type=bert", "--label_nam=x"], ["label_nam", "label_names"]),
         (["--model_type=bert", "--train_file=missing.csv", "--do_train"], ["missing.csv"]),
     ]:
-        process = run_python("trainer_scripts/run_nli.py", *argv, f"--output_dir={tmp_path}/out")
-        assert process.returncode == 2
-        assert len(process.stderr.splitlines()) == 1, process.stderr
-        assert process.stderr.startswith("error: ")
-        assert all(word in process.stderr for word in words)
-        assert not (tmp_path / "out").exists()
+        check_command_line(run_python, "run_nli.py", argv, tmp_path / "out", words)
 
 
 @pytest.mark.parametrize(
