@@ -26,13 +26,16 @@ from .plucker import (
 
 __version__ = "0.1.0"
 
-AutoConfig.register("grassmann", GrassmannConfig)
-AutoModel.register(GrassmannConfig, GrassmannModel)
-AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM)
-AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification)
+# A checkpoint that was loaded before with `trust_remote_code=True` may have registered its own copy of a class.
+AutoConfig.register("grassmann", GrassmannConfig, exist_ok=True)
+AutoModel.register(GrassmannConfig, GrassmannModel, exist_ok=True)
+AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification, exist_ok=True)
 
-AutoConfig.register("grassmann_plucker", GrassmannPluckerConfig)
-AutoModelForSequenceClassification.register(GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification)
+AutoConfig.register("grassmann_plucker", GrassmannPluckerConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification, exist_ok=True
+)
 
 __all__ = [
     "GrassmannConfig",

@@ -2,15 +2,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of Causal Grassmann models."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 
 # The paper's six offsets; a model with N layers gives each of them to about N / 6 neighbouring layers.
 PAPER_OFFSETS = (1, 2, 4, 8, 12, 16)
+# Goes up with a change that older versions of this code would read as another model.
+FORMAT_VERSION = 1
+# Bounds that no model needs to exceed, and that a damaged file does: each layer is built one by one, and the decoding
+# state holds as many vectors as the largest offset says.
+MAX_LAYERS = 1024
+MAX_OFFSET = 2**20
 # Ways to make one vector of a row's tokens.
 POOLINGS = ("first", "last", "mean")
+
+
+def check_format_version(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: if a newer version of this code wrote the configuration.
+    """
+    if not 1 <= config.format_version <= FORMAT_VERSION:
+        raise ValueError(
+            f"`format_version` is {config.format_version}, but this version of modeling_grassmann reads "
+            f"{CONFIG_NAME} files up to format {FORMAT_VERSION}: the model was saved by a newer one. Update with "
+            "`pip install --upgrade modeling-grassmann`."
+        )
 
 
 @strict
@@ -26,7 +48,7 @@ class GrassmannConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 256):
             Dimension `d` of the hidden states.
         num_hidden_layers (`int`, *optional*, defaults to 6):
-            Number of blocks.
+            Number of blocks, at most 1024.
         intermediate_size (`int`, *optional*, defaults to 1024):
             Dimension of the feed-forward network.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
@@ -34,8 +56,8 @@ class GrassmannConfig(PreTrainedConfig):
         reduced_size (`int`, *optional*, defaults to 32):
             Dimension `r`, at least 2, of the reduced vectors that span the planes.
         offsets (`list[int]` or `list[list[int]]`, *optional*):
-            Distances Δ, each at least 1, at which tokens are paired. A flat list is given to every layer; a nested one
-            holds one list per layer. By default each layer has one offset, taken in order from 1, 2, 4, 8, 12, 16.
+            Distances Δ, each from 1 to 2^20, at which tokens are paired. A flat list is given to every layer; a nested
+            one holds one list per layer. By default each layer has one offset, taken in order from 1, 2, 4, 8, 12, 16.
         norm_placement (`str`, *optional*, defaults to `"post"`):
             `"post"` (the paper): `x = Drop(LN(mix(h)))`, `out = LN(x + FFN(x))`.
             `"pre"`: `x = h + Drop(LN(mix(LN(h))))`, `out = x + FFN(LN(x))`.
@@ -74,6 +96,8 @@ class GrassmannConfig(PreTrainedConfig):
             Id of the beginning-of-sequence token.
         eos_token_id (`int` or `list[int]`, *optional*):
             Id of the end-of-sequence token.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the file format; a newer one than this code knows is refused.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: for an impossible value; the message names the field.
@@ -118,13 +142,14 @@ class GrassmannConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         # Derived from other fields; a file may name them all the same.
         kwargs.pop("layer_types", None)
         if self.offsets is None:
-            per_layer = (i * len(PAPER_OFFSETS) // self.num_hidden_layers for i in range(self.num_hidden_layers))
-            self.offsets = [[PAPER_OFFSETS[index]] for index in per_layer]
+            layers = range(min(self.num_hidden_layers, MAX_LAYERS))
+            self.offsets = [[PAPER_OFFSETS[i * len(PAPER_OFFSETS) // self.num_hidden_layers]] for i in layers]
         super().__post_init__(**kwargs)
 
     @property
@@ -137,10 +162,14 @@ class GrassmannConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer keeps while decoding; Transformers' caches are built from it."""
-        return ["plucker"] * self.num_hidden_layers
+        # Asked for before the depth has been checked, too.
+        return ["plucker"] * min(self.num_hidden_layers, MAX_LAYERS)
 
     def validate_layer_type(self):
         """`layer_types` follows from the other fields, and names a state that Transformers itself does not know."""
+
+    def validate_format(self):
+        check_format_version(self)
 
     def validate_architecture(self):
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_plucker_heads"]
@@ -149,6 +178,8 @@ class GrassmannConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.reduced_size < 2:
             raise ValueError(
                 f"`reduced_size` must be at least 2, since a plane needs two dimensions, got {self.reduced_size}."
@@ -160,8 +191,10 @@ class GrassmannConfig(PreTrainedConfig):
                 f"one flat list for all of them, got {len(self.offsets)} lists: {self.offsets}."
             )
         for offsets in self.offsets if nested else [self.offsets]:
-            if not offsets or min(offsets) < 1:
-                raise ValueError(f"`offsets` must be non-empty lists of integers from 1, got {self.offsets}.")
+            if not offsets or min(offsets) < 1 or max(offsets) > MAX_OFFSET:
+                raise ValueError(
+                    f"`offsets` must be non-empty lists of integers from 1 to {MAX_OFFSET}, got {self.offsets}."
+                )
 
     def validate_choices(self):
         if self.norm_placement not in ("post", "pre"):
@@ -178,7 +211,7 @@ class GrassmannConfig(PreTrainedConfig):
         if not 0 < self.plucker_eps < 1:
             raise ValueError(f"`plucker_eps` must be greater than 0 and less than 1, got {self.plucker_eps}.")
         for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 

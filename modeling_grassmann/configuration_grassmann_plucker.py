@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of classifiers that put a Grassmann-Plücker head on a pretrained encoder."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_grassmann import POOLINGS
+from .configuration_grassmann import FORMAT_VERSION, MAX_LAYERS, POOLINGS, GrassmannConfig, check_format_version
 
 
 HEAD_TYPES = ("grassmann", "transformer", "linear")
@@ -67,6 +69,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the head's initial weights, but for the projections of the Transformer's attention,
             which PyTorch initialises.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the file format; a newer one than this code knows is refused.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: for an impossible value; the message names the field.
@@ -104,6 +108,7 @@ class GrassmannPluckerConfig(PreTrainedConfig):
     plucker_eps: float = 1e-3
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
@@ -111,15 +116,24 @@ class GrassmannPluckerConfig(PreTrainedConfig):
         elif isinstance(self.backbone_config, dict):
             if "model_type" not in self.backbone_config:
                 raise ValueError("`backbone_config` must name the `model_type` of the backbone, such as 'distilbert'.")
-            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+            if self.backbone_config["model_type"] == GrassmannConfig.model_type:
+                # Known here without the package too, where this file came with a checkpoint.
+                self.backbone_config = GrassmannConfig.from_dict(self.backbone_config)
+            else:
+                self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         # Otherwise a loaded backbone would forget which attention it uses.
         kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
         super().__post_init__(**kwargs)
+
+    def validate_format(self):
+        check_format_version(self)
 
     def validate_architecture(self):
         for name in ("hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.window_size < 2:
             raise ValueError(
                 f"`window_size` must be at least 2, since a pair needs two tokens, got {self.window_size}."
@@ -160,7 +174,7 @@ class GrassmannPluckerConfig(PreTrainedConfig):
         if not 0 < self.plucker_eps < 1:
             raise ValueError(f"`plucker_eps` must be greater than 0 and less than 1, got {self.plucker_eps}.")
         for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 

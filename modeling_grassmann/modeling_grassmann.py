@@ -22,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers the decoding state with Transformers' caches)
+from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
 from .plucker import NO_POSITION, PluckerMixer, PluckerProjection
 
@@ -90,7 +91,13 @@ class GrassmannBlock(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class GrassmannPreTrainedModel(PreTrainedModel):
+class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    AUTO_MAP = {
+        "AutoConfig": "configuration_grassmann.GrassmannConfig",
+        "AutoModel": "modeling_grassmann.GrassmannModel",
+        "AutoModelForCausalLM": "modeling_grassmann.GrassmannForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_grassmann.GrassmannForSequenceClassification",
+    }
     config: GrassmannConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

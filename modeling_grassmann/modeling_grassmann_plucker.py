@@ -18,9 +18,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
+from .checkpoint_grassmann import CheckpointMixin
+from .configuration_grassmann import GrassmannConfig
 from .configuration_grassmann_plucker import GrassmannPluckerConfig
-from .modeling_grassmann import GrassmannBlock, pool
+from .modeling_grassmann import GrassmannBlock, GrassmannModel, pool
 from .plucker import PluckerProjection, PluckerWindowMixer, gated_mix, window_pair_weights
+
+
+# A Grassmann backbone has to be found without the package too, where this file came with a checkpoint.
+AutoModel.register(GrassmannConfig, GrassmannModel, exist_ok=True)
 
 
 class TokenwiseMixer(nn.Module):
@@ -149,7 +155,11 @@ def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
     more than it changes the backbone's own outputs.
     """
 )
-class GrassmannPluckerForSequenceClassification(PreTrainedModel):
+class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel):
+    AUTO_MAP = {
+        "AutoConfig": "configuration_grassmann_plucker.GrassmannPluckerConfig",
+        "AutoModelForSequenceClassification": "modeling_grassmann_plucker.GrassmannPluckerForSequenceClassification",
+    }
     config: GrassmannPluckerConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True

@@ -80,7 +80,8 @@ def test_a_saved_classifier_loads_with_equal_logits_to_the_bit(
 ):
     model = make_classifier(backbone, head_type=head_type)
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    weights = [path.name for path in tmp_path.iterdir() if path.suffix not in (".json", ".py")]
+    assert weights == ["model.safetensors"]
 
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is GrassmannPluckerForSequenceClassification
