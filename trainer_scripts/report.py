@@ -18,8 +18,8 @@ from run_records import (
     check_names,
     link,
     load_run,
+    logged,
     new_figure,
-    number,
     output_paths,
     save_figure,
     write_document,
@@ -38,21 +38,6 @@ COLUMNS = {
 # The vertical axis ends at this multiple of the worst run's best perplexity: the first epochs, which are many times
 # higher, would otherwise leave no room for the differences between late ones.
 HEADROOM = 1.6
-
-
-def validation_curve(run: Run) -> list[tuple[float, float]]:
-    """(epoch, validation perplexity) of each evaluation during a run's training.
-
-    What is evaluated after the training's summary is the model that was kept, which may be that of an earlier epoch.
-
-    Raises:
-        UserError: if one of them is not a number.
-    """
-    source = str(run.folder / "log.jsonl")
-    summary = next((index for index, entry in enumerate(run.log) if "train_runtime" in entry), len(run.log))
-    entries = run.log[:summary]
-    points = [(number(entry, "epoch", source), number(entry, "eval_perplexity", source)) for entry in entries]
-    return [(epoch, perplexity) for epoch, perplexity in points if epoch is not None and perplexity is not None]
 
 
 def find_baseline(runs: list[Run], name: str | None) -> Run | None:
@@ -116,7 +101,7 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
 
     notes, curves = [], {}
     for run in runs:
-        curve = validation_curve(run)
+        curve = logged(run, "eval_perplexity")
         finite = [(epoch, value) for epoch, value in curve if math.isfinite(value)]
         if finite:
             curves[run.name] = finite

@@ -54,21 +54,42 @@ def number(entry: dict[str, Any], key: str, source: str) -> float | int | None:
     return value
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path, complete: bool = True) -> Run:
     """Read a run's files.
+
+    Args:
+        folder: where they are.
+        complete: whether they must all be there; one that may be missing counts as empty.
 
     Raises:
         UserError: if one is missing or is not JSON of the right kind.
     """
     # The name of `.` is that of the folder it stands for.
     folder = Path(os.path.abspath(folder))
+    texts = {}
     for name in ("recipe.yaml", "log.jsonl", "metrics.json"):
-        if not (folder / name).is_file():
+        if (folder / name).is_file():
+            texts[name] = read(folder / name)
+        elif complete:
             raise UserError(f"{folder} is not the folder of a run: it has no {name}")
-    metrics = parse_json(read(folder / "metrics.json"), str(folder / "metrics.json"))
-    lines = enumerate(read(folder / "log.jsonl").splitlines(), start=1)
+    metrics = parse_json(texts.get("metrics.json", "{}"), str(folder / "metrics.json"))
+    lines = enumerate(texts.get("log.jsonl", "").splitlines(), start=1)
     log = [parse_json(line, f"{folder / 'log.jsonl'}, line {number}") for number, line in lines if line.strip()]
     return Run(folder, metrics, log)
+
+
+def logged(run: Run, key: str) -> list[tuple[float, float]]:
+    """(epoch, value) of all that was logged under `key` during a run's training.
+
+    What is evaluated after the training's summary is the model that was kept, which may be that of an earlier epoch.
+
+    Raises:
+        UserError: if one of them is not a number.
+    """
+    source = str(run.folder / "log.jsonl")
+    summary = next((index for index, entry in enumerate(run.log) if "train_runtime" in entry), len(run.log))
+    points = [(number(entry, "epoch", source), number(entry, key, source)) for entry in run.log[:summary]]
+    return [(epoch, value) for epoch, value in points if epoch is not None and value is not None]
 
 
 def check_names(runs: list[Run]) -> None:
@@ -157,15 +178,22 @@ def output_paths(output: Path) -> tuple[Path, Path]:
     return output.with_name(output.name + ".md"), output.with_name(output.name + ".png")
 
 
-class ReportParser(argparse.ArgumentParser):
-    """Command line of a report: folders of runs and `--output`; mistakes are `UserError`s."""
+class RecordsParser(argparse.ArgumentParser):
+    """Command line of a script that works on recorded runs; mistakes are `UserError`s."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        self.add_argument("runs", nargs="+", type=Path, help="Folders of the runs.")
-        self.add_argument("--output", required=True, type=Path, help="Files to write, without .md and .png.")
 
     def error(self, message: str) -> None:
         raise UserError(message)
+
+
+class ReportParser(RecordsParser):
+    """Command line of a report: folders of runs and `--output`."""
+
+    def __init__(self, description: str):
+        super().__init__(description)
+        self.add_argument("runs", nargs="+", type=Path, help="Folders of the runs.")
+        self.add_argument("--output", required=True, type=Path, help="Files to write, without .md and .png.")

@@ -1,0 +1,142 @@
+"""A model card says what the run's files say, all of it, and nothing else."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+from huggingface_hub import ModelCard
+from model_card import load_record, main, make_card, write_card
+from run_records import load_run
+
+
+RECORDED = sorted(path.parent for path in (REPOSITORY / "model_cards").rglob("metrics.json"))
+
+
+def content(card):
+    return str(card).strip() + "\n"
+
+
+def section(card, title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", content(card), flags=re.DOTALL | re.MULTILINE).group(1)
+
+
+def cells(table):
+    """Rows of a Markdown table, without its rule."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return [row for row in rows if not set(row[0]) <= {"-", " "}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A copy of a recorded run, on its own."""
+    return shutil.copytree(REPOSITORY / "model_cards" / "wikitext2_grassmann_6l_pre", tmp_path / "run")
+
+
+def test_every_recorded_run_has_the_card_that_its_files_give():
+    assert len(RECORDED) > 90
+    for folder in RECORDED:
+        assert (folder / "README.md").read_text(encoding="utf-8") == content(make_card(load_record(folder))), folder
+
+
+def test_every_metric_and_no_other_figure_is_in_the_table_and_in_the_metadata():
+    for folder in RECORDED:
+        record = load_record(folder)
+        card = make_card(record)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        expected = {key: value for key, value in metrics.items() if re.match("(eval|test)_(loss|perpl|accur)", key)}
+
+        header, *rows = cells(section(card, "Evaluation"))
+        figures = {}
+        for name, *values in rows:
+            for column, value in zip(header[1:], values):
+                if "," not in column:
+                    prefix = {"validation": "eval", "test": "test"}[column]
+                    figures[f"{prefix}_{name.replace(' on ', '_')}"] = value
+        assert figures.keys() == expected.keys()
+        for key, shown in figures.items():
+            figure = float(shown.rstrip("%")) / (100 if shown.endswith("%") else 1)
+            assert figure == pytest.approx(expected[key], abs=0.005 if "perplexity" in key else 5.1e-5)
+
+        results = ModelCard(content(card)).data.eval_results
+        assert sorted(result.metric_value for result in results) == sorted(expected.values())
+        assert all(result.task_type and result.dataset_type and result.dataset_split for result in results)
+
+
+def test_a_baseline_stands_beside_each_metric(run, tmp_path):
+    other = REPOSITORY / "model_cards" / "wikitext2_gpt2_6l"
+    header, *rows = cells(section(make_card(load_record(run, other)), "Evaluation"))
+    assert header[3:] == ["validation, `wikitext2_gpt2_6l`", "test, `wikitext2_gpt2_6l`"]
+    metrics = load_run(other).metrics
+    assert {row[0]: row[3:] for row in rows}["perplexity"] == [
+        f"{metrics['eval_perplexity']:.2f}",
+        f"{metrics['test_perplexity']:.2f}",
+    ]
+    # What the run's own folder says counts before what stands beside it.
+    (tmp_path / "baselines.yaml").write_text("run: wikitext2_gpt2_6l\n")
+    (run / "baseline.json").write_text('{"name": "bigram", "eval_perplexity": 300.125}')
+    header, *rows = cells(section(make_card(load_record(run)), "Evaluation"))
+    assert header[3:] == ["validation, `bigram`", "test, `bigram`"]
+    assert {row[0]: row[3:] for row in rows} == {"loss": ["—", "—"], "perplexity": ["300.12", "—"]}
+
+
+def test_a_run_without_baseline_or_evaluation_says_so(run):
+    assert "No baseline was recorded" in section(make_card(load_record(run)), "Evaluation")
+    metrics = {key: value for key, value in load_run(run).metrics.items() if not key.startswith(("eval", "test"))}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    card = make_card(load_record(run))
+    assert "has not been evaluated" in section(card, "Evaluation")
+    assert card.data.eval_results is None and "model-index" not in content(card)
+    for name in ("metrics.json", "recipe.yaml", "log.jsonl"):
+        (run / name).unlink()
+    card = make_card(load_record(run))
+    assert "Nothing was recorded" in section(card, "Training")
+    assert "do not say" in section(card, "Model")
+
+
+def test_an_undefined_metric_is_shown_and_kept_out_of_the_metadata(run):
+    metrics = load_run(run).metrics | {"eval_perplexity": float("nan"), "test_perplexity": float("inf")}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    card = make_card(load_record(run))
+    assert {row[0]: row[1:] for row in cells(section(card, "Evaluation"))}["perplexity"] == ["nan", "inf"]
+    assert {result.metric_type for result in card.data.eval_results} == {"loss"}
+
+
+def test_facts_of_the_run_are_in_the_card(run):
+    card = make_card(load_record(run), license="mit")
+    training = dict(cells(section(card, "Training")))
+    assert training["hardware"] == "1 x NVIDIA H200"
+    assert training["random seed"] == "0"
+    assert training["parameters"] == "12,643,008"
+    assert "torch 2.11.0+cu130" in training["versions"]
+    assert (run / "recipe.yaml").read_text().strip() in section(card, "Training")
+    assert card.data.license == "mit" and "The weights: mit" in section(card, "Licence")
+    assert card.data.datasets == ["Salesforce/wikitext"]
+    assert "the 43 before it" in section(card, "Limits")
+
+
+def test_files_of_this_machine_are_no_data_set_or_base_model_of_the_hub(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "encoder").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("backbone_name_or_path: my/encoder\ntrain_file: /home/me/secret/pairs.csv\n")
+    card = make_card(load_record(run), repo_id="user/name")
+    assert card.data.base_model is None and card.data.datasets is None
+    assert dict(cells(section(card, "Training")))["data"] == "`pairs.csv`"
+    (run / "recipe.yaml").write_text("backbone_name_or_path: their/encoder\n")
+    assert make_card(load_record(run), repo_id="user/name").data.base_model == "their/encoder"
+
+
+def test_the_command_writes_the_cards_and_names_a_folder_that_is_no_run(run, tmp_path, capsys):
+    main([str(run)])
+    assert (run / "README.md").read_text(encoding="utf-8") == content(make_card(load_record(run)))
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path)])
+    assert exit.value.code == 2
+    assert f"{tmp_path} is not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_card_in_the_place_of_another_is_written_whole(run):
+    write_card(run, load_record(run), repo_id="user/name")
+    write_card(run, load_record(run))
+    assert (run / "README.md").read_text(encoding="utf-8") == content(make_card(load_record(run)))

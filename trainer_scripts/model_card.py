@@ -1,0 +1,406 @@
+"""Write the model cards of runs, from nothing but the files that the runs left behind.
+
+    python trainer_scripts/model_card.py model_cards/wikitext2_* [--baseline model_cards/wikitext2_gpt2_6l]
+
+writes `README.md` into each folder. The baseline is another run, or what `baseline.json` in the run's folder holds, or
+the run that `baselines.yaml` beside the folder names. `publish.py` writes the card of a model that goes to the Hub.
+"""
+
+import fnmatch
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from arguments import UserError, exits_on_user_error
+from checkpoints import write_atomically
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from run_records import MISSING, RecordsParser, Run, load_run, parse_json, read
+from transformers import AutoConfig, PreTrainedConfig
+
+import modeling_grassmann  # noqa: F401  (registers the Grassmann classes with the Auto classes)
+
+
+REPOSITORY = Path(__file__).parents[1]
+TEMPLATE = REPOSITORY / "model_cards" / "template.md"
+CURVE = "training_curve.png"
+# Name of a split -> what its keys in `metrics.json` start with.
+SPLITS = {"validation": "eval_", "test": "test_"}
+# Fields of a configuration that say what a model is, as far as it has them.
+ARCHITECTURE = (
+    *("model_type", "head_type", "freeze_backbone", "hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("num_attention_heads", "num_heads", "num_plucker_heads", "reduced_size", "offsets", "norm_placement"),
+    *("mixer_out_proj", "separate_past_projection", "learned_offset_weights", "is_causal"),
+    *("window_size", "window_stride", "pair_sharing", "use_plucker_features", "pooling", "classifier_pooling"),
+    *("max_position_embeddings", "vocab_size"),
+)
+# Facts of `metrics.json` about the training, as far as it has them, and how a card shows them.
+FACTS = {
+    "seed": ("random seed", str),
+    "parameters": ("parameters", "{:,}".format),
+    "trainable_parameters": ("trained parameters", "{:,}".format),
+    "head_parameters": ("parameters of the head", "{:,}".format),
+    "block_size": ("tokens in a block", "{:,}".format),
+    "train_rows": ("training rows", "{:,}".format),
+    "eval_rows": ("validation rows", "{:,}".format),
+    "eval_tokens": ("validation tokens", "{:,}".format),
+    "test_rows": ("test rows", "{:,}".format),
+    "test_tokens": ("test tokens", "{:,}".format),
+    "epoch": ("epochs", "{:g}".format),
+    "best_epoch": ("epoch of the best validation", "{:g}".format),
+    "train_runtime": ("training time (s)", "{:.0f}".format),
+    "train_samples_per_second": ("training rows per second", "{:.1f}".format),
+    "device": ("hardware", str),
+    "git_commit": ("commit of the code", str),
+}
+TASKS = {
+    "text-generation": "Language modelling",
+    "text-classification": "Text classification",
+    "feature-extraction": "Feature extraction",
+}
+
+
+@dataclass
+class Record:
+    """What is known about a run.
+
+    Attributes:
+        run: its metrics and log, empty where it left none.
+        recipe: content of `recipe.yaml`, empty where there is none.
+        saved_config: content of `config.json`, empty where there is none.
+        baseline: name and metrics of what it is compared with, None if there is nothing.
+    """
+
+    run: Run
+    recipe: dict[str, Any]
+    saved_config: dict[str, Any]
+    baseline: tuple[str, dict[str, Any]] | None
+
+    @property
+    def task(self) -> str:
+        """The Hub's name for what the model does."""
+        names = " ".join(self.saved_config.get("architectures") or [])
+        if "block_size" in self.run.metrics or "CausalLM" in names or "LMHead" in names:
+            return "text-generation"
+        if "max_length" in self.run.metrics or "SequenceClassification" in names:
+            return "text-classification"
+        return "feature-extraction"
+
+    @property
+    def config(self) -> PreTrainedConfig | None:
+        """Configuration of the model, from its file or else from the recipe; None if neither tells it."""
+        fields = dict(self.saved_config)
+        if not fields:
+            fields = dict(self.recipe.get("config_overrides") or {})
+            if name := self.recipe.get("config_name"):
+                path = REPOSITORY / name / "config.json"
+                fields = {**read_object(path), **fields}
+            elif self.recipe.get("backbone_name_or_path"):
+                fields["model_type"] = "grassmann_plucker"
+            else:
+                fields["model_type"] = self.recipe.get("model_type")
+        model_type = fields.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(model_type, **fields)
+        except (TypeError, ValueError, StrictDataclassError):
+            # Remote code, or a type that this version of Transformers does not know.
+            return None
+
+
+def load_record(folder: Path, baseline: Path | None = None, config: Path | None = None) -> Record:
+    """Read what a run left.
+
+    Args:
+        folder: of the run; files that are missing count as empty.
+        baseline: folder of the run that it is compared with.
+        config: folder of the configuration, if it is another.
+
+    Raises:
+        UserError: if a file is not what it should be, or the baseline is no run.
+    """
+    run = load_run(folder, complete=False)
+    try:
+        recipe = yaml.safe_load(read(run.folder / "recipe.yaml")) if (run.folder / "recipe.yaml").exists() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{run.folder / 'recipe.yaml'} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{run.folder / 'recipe.yaml'} must be a mapping `name: value`")
+    saved_config = read_object((config or run.folder) / "config.json")
+    return Record(run, recipe, saved_config, find_baseline(run, baseline))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file, empty if there is none."""
+    return parse_json(read(path), str(path)) if path.is_file() else {}
+
+
+def find_baseline(run: Run, folder: Path | None) -> tuple[str, dict[str, Any]] | None:
+    """Name and metrics of what a run is compared with: the run in `folder`, what its own `baseline.json` holds, or the
+    run that the first fitting line of `baselines.yaml` beside it names.
+
+    Raises:
+        UserError: if the run that is named is none.
+    """
+    own, named = run.folder / "baseline.json", run.folder.parent / "baselines.yaml"
+    if folder is None and own.is_file():
+        metrics = read_object(own)
+        return str(metrics.pop("name", "baseline")), metrics
+    if folder is None and named.is_file():
+        for pattern, name in yaml.safe_load(read(named)).items():
+            if fnmatch.fnmatchcase(run.name, pattern):
+                folder = run.folder.parent / name.format(seed=run.metrics.get("seed"))
+                break
+    if folder is None:
+        return None
+    other = load_run(folder)
+    return None if other.folder == run.folder else (other.name, other.metrics)
+
+
+def measured(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Losses, perplexities and accuracies of a split, under their names without its prefix."""
+    kinds = ("loss", "perplexity", "accuracy")
+    values = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {key: value for key, value in values.items() if key.startswith(kinds) and isinstance(value, (int, float))}
+
+
+def shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return MISSING
+    if metric.startswith("accuracy"):
+        return f"{100 * value:.2f}%"
+    return f"{value:.2f}" if metric == "perplexity" else f"{value:.4f}"
+
+
+def evaluation_table(record: Record) -> str:
+    """Markdown table of every metric of the run, beside the baseline's."""
+    columns = {(split, ""): measured(record.run.metrics, prefix) for split, prefix in SPLITS.items()}
+    columns = {key: values for key, values in columns.items() if values}
+    if not columns:
+        return "The model has not been evaluated: the files of its run hold no metric."
+    note = "No baseline was recorded for this run."
+    if record.baseline:
+        name, metrics = record.baseline
+        columns |= {(split, name): measured(metrics, SPLITS[split]) for split, _ in list(columns)}
+        note = f"`{name}` is the baseline."
+    metrics = sorted({metric for (_, name), values in columns.items() if not name for metric in values})
+    header = ["metric", *(f"{split}, `{name}`" if name else split for split, name in columns)]
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for metric in metrics:
+        name = re.sub("^accuracy_(.*)", r"accuracy on \1", metric)
+        lines.append(f"| {' | '.join([name, *(shown(metric, values.get(metric)) for values in columns.values())])} |")
+    if record.task == "text-generation":
+        note += " Perplexity is `exp(summed negative log-likelihood / predicted tokens)` over the whole split."
+    return "\n".join([*lines, "", note])
+
+
+def eval_results(record: Record) -> list[EvalResult]:
+    """The metrics as the Hub reads them. Infinite and undefined ones, which it refuses, are left out."""
+    dataset = str(record.recipe.get("dataset_name") or "local files")
+    results = []
+    for split, prefix in SPLITS.items():
+        for metric, value in measured(record.run.metrics, prefix).items():
+            if math.isfinite(value):
+                kind, _, part = metric.partition("_")
+                result = EvalResult(
+                    task_type=record.task,
+                    task_name=TASKS[record.task],
+                    dataset_type=dataset,
+                    dataset_name=dataset,
+                    dataset_config=record.recipe.get("dataset_config_name"),
+                    dataset_split=split,
+                    metric_type=kind,
+                    metric_name=f"{kind} on {part}" if part else kind,
+                    metric_value=value,
+                )
+                results.append(result)
+    return results
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether a data set or model of that name is one of the Hub's, as far as can be told here."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
+
+
+def summary(record: Record) -> str:
+    config = record.config
+    size = record.run.metrics.get("parameters")
+    size = f" with {size / 1e6:.2f} million parameters" if size else ""
+    task = TASKS[record.task].lower()
+    if config is None:
+        return f"A model for {task}{size}."
+    if config.model_type == "grassmann":
+        return (
+            f"A Causal Grassmann model for {task}{size}: no attention; pairs of tokens are encoded as planes on a"
+            " Grassmann manifold through Plücker coordinates (arXiv 2512.19428), at a cost linear in length."
+        )
+    if config.model_type == "grassmann_plucker":
+        head = {"grassmann": "Grassmann-Plücker"}.get(config.head_type, config.head_type)
+        return f"A classifier of texts{size}: a pretrained encoder with a {head} head (arXiv 2512.19428)."
+    return f"A `{config.model_type}` model for {task}{size}, trained beside Causal Grassmann models for comparison."
+
+
+def training(record: Record) -> str:
+    """Data, facts and versions of the training."""
+    recipe, metrics = record.recipe, record.run.metrics
+    if not recipe and not metrics:
+        return "Nothing was recorded about the training."
+    sources = [f"`{recipe['dataset_name']}`"] if recipe.get("dataset_name") else []
+    sources += [f"configuration `{recipe['dataset_config_name']}`"] if recipe.get("dataset_config_name") else []
+    sources += [
+        f"`{os.path.basename(recipe[key])}`" for key in sorted(recipe) if key.endswith("_file") and recipe[key]
+    ]
+    rows = [("data", ", ".join(sources) or "not recorded")]
+    if start := recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path"):
+        rows.append(("started from", f"`{start}`"))
+    rows += [(text, show(metrics[key])) for key, (text, show) in FACTS.items() if metrics.get(key) is not None]
+    versions = [f"{name} {version}" for name, version in (metrics.get("versions") or {}).items() if version]
+    rows.append(("versions", ", ".join(versions) or "not recorded"))
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {text} | {value} |" for text, value in rows)])
+
+
+def architecture(record: Record) -> str:
+    config = record.config
+    if config is None:
+        return "The files of the run do not say what the model is made of."
+    fields = {name: getattr(config, name, None) for name in ARCHITECTURE}
+    if not record.saved_config:
+        # Follows from a tokenizer that is not here.
+        del fields["vocab_size"]
+    elif hasattr(config, "backbone_config"):
+        fields["backbone"] = config.backbone_config.model_type
+    rows = [f"| `{name}` | `{json.dumps(value)}` |" for name, value in fields.items() if value is not None]
+    return "\n".join(["| field | value |", "| --- | --- |", *rows])
+
+
+def limits(record: Record) -> str:
+    config, lines = record.config, []
+    if config is not None and config.model_type == "grassmann" and config.is_causal:
+        reach = sum(max(offsets) for offsets in config.layer_offsets)
+        lines.append(
+            f"- The context is local: a prediction depends on its token and the {reach} before it, no further."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None and hasattr(config, "backbone_config") and record.saved_config:
+        positions = getattr(config.backbone_config, "max_position_embeddings", None)
+    if positions is not None:
+        lines.append(f"- It takes at most {positions} tokens.")
+    if record.task == "text-classification":
+        lines.append("- It always answers with one of its classes, also where none applies.")
+    if eval_results(record):
+        lines.append("- One run with one seed stands behind the figures above; other seeds give others.")
+    lines.append("- It learned from the data named above alone, and repeats their errors and biases. Nothing was done")
+    lines[-1] += " about harmful content, and nothing was measured beyond the table above."
+    return "\n".join(lines)
+
+
+def usage(record: Record, repo_id: str) -> str:
+    """Code that loads the model from the Hub and uses it."""
+    remote = ", trust_remote_code=True" if record.saved_config.get("auto_map") else ""
+    if record.task == "text-classification":
+        text = (
+            '{"text": "A man is asleep.", "text_pair": "Nobody is awake."}'
+            if is_pair_task(record)
+            else '"A good day."'
+        )
+        return "\n".join(
+            [
+                "from transformers import pipeline",
+                "",
+                f'classifier = pipeline("text-classification", model="{repo_id}"{remote})',
+                f"print(classifier({text}))",
+            ]
+        )
+    auto_class = "AutoModelForCausalLM" if record.task == "text-generation" else "AutoModel"
+    lines = [
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        f'model = {auto_class}.from_pretrained("{repo_id}"{remote})',
+        'inputs = tokenizer("This is the", add_special_tokens=False, return_tensors="pt")',
+    ]
+    if record.task == "text-generation":
+        lines += [
+            "outputs = model.generate(**inputs, max_new_tokens=20)",
+            "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
+        ]
+    else:
+        lines.append("print(model(**inputs).last_hidden_state.shape)")
+    return "\n".join(lines)
+
+
+def is_pair_task(record: Record) -> bool:
+    return "train_unlabelled" in record.run.metrics or "eval_unlabelled" in record.run.metrics
+
+
+def make_card(record: Record, repo_id: str | None = None, license: str = "apache-2.0") -> ModelCard:
+    """
+    Args:
+        record: what the run left.
+        repo_id: where its model can be loaded from; None for a run of which only the record is kept.
+        license: the weights', as the Hub names it.
+    """
+    recipe, config = record.recipe, record.config
+    name = Path(repo_id).name if repo_id else record.run.name
+    start = recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path")
+    data = ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=record.task,
+        tags=["grassmann", "attention-free"] if config and config.model_type.startswith("grassmann") else None,
+        datasets=[recipe["dataset_name"]] if is_hub_id(recipe.get("dataset_name")) else None,
+        # Only where it can be seen that it is no folder.
+        base_model=start if repo_id and is_hub_id(start) else None,
+        eval_results=eval_results(record) or None,
+    )
+    folder = record.run.folder
+    if folder.is_relative_to(REPOSITORY):
+        folder = folder.relative_to(REPOSITORY)
+    script = "run_nli.py" if record.task == "text-classification" else "run_clm.py"
+    licence = f"The weights: {license}. The modeling code: Apache License 2.0."
+    if start or recipe.get("dataset_name"):
+        licence += " What they were made from has licences of its own, which its sources state."
+    recipe_text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else None
+    return ModelCard.from_template(
+        data,
+        template_path=TEMPLATE,
+        name=name,
+        summary=summary(record),
+        repo_id=repo_id,
+        usage=usage(record, repo_id) if repo_id else None,
+        remote_code="auto_map" in record.saved_config,
+        command=f"python trainer_scripts/{script} {folder.as_posix()}/recipe.yaml --output_dir runs/{name}",
+        evaluation=evaluation_table(record),
+        training=training(record),
+        curve=CURVE if (record.run.folder / CURVE).is_file() else None,
+        recipe=recipe_text,
+        architecture=architecture(record),
+        limits=limits(record),
+        licence=licence,
+    )
+
+
+def write_card(folder: Path, record: Record, **options: Any) -> None:
+    """Write the card into a folder as `README.md`; options are those of [`make_card`]."""
+    write_atomically(folder / "README.md", str(make_card(record, **options)).strip() + "\n")
+
+
+@exits_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    parser = RecordsParser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of the runs.")
+    parser.add_argument("--baseline", type=Path, help="Folder of the run that they are compared with.")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        load_run(folder)
+        write_card(folder, load_record(folder, args.baseline))
+    print(f"wrote README.md into {len(args.runs)} folders")
+
+
+if __name__ == "__main__":
+    main()
