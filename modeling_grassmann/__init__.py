@@ -26,16 +26,13 @@ from .plucker import (
 
 __version__ = "0.1.0"
 
-# A checkpoint that was loaded before with `trust_remote_code=True` may have registered its own copy of a class.
-AutoConfig.register("grassmann", GrassmannConfig, exist_ok=True)
-AutoModel.register(GrassmannConfig, GrassmannModel, exist_ok=True)
-AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification, exist_ok=True)
+AutoConfig.register("grassmann", GrassmannConfig)
+AutoModel.register(GrassmannConfig, GrassmannModel)
+AutoModelForCausalLM.register(GrassmannConfig, GrassmannForCausalLM)
+AutoModelForSequenceClassification.register(GrassmannConfig, GrassmannForSequenceClassification)
 
-AutoConfig.register("grassmann_plucker", GrassmannPluckerConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification, exist_ok=True
-)
+AutoConfig.register("grassmann_plucker", GrassmannPluckerConfig)
+AutoModelForSequenceClassification.register(GrassmannPluckerConfig, GrassmannPluckerForSequenceClassification)
 
 __all__ = [
     "GrassmannConfig",

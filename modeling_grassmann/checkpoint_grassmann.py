@@ -10,12 +10,16 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 
 # Layers that a model of another task brings along, or lacks: only they may be new, or left over, when loading.
 OUTPUT_LAYERS = ("lm_head.", "score.", "classifier.")
+# What reading a damaged file, or a damaged index of files, raises.
+READING_ERRORS = (SafetensorError, FileNotFoundError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class CheckpointMixin:
@@ -32,20 +36,24 @@ class CheckpointMixin:
         folder loads with `trust_remote_code=True` where this package is not installed.
         """
         if is_main_process and not os.path.isfile(save_directory):
-            os.makedirs(save_directory, exist_ok=True)
-            for file in self.code_files():
-                if Path(save_directory, file.name).resolve() != file.resolve():
-                    shutil.copyfile(file, Path(save_directory, file.name))
+            self.save_code(save_directory)
+            # From a checkpoint the Trainer publishes weights and configuration alone, with what lies one folder above.
+            if Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+                self.save_code(Path(save_directory).parent)
             self.config.auto_map = dict(self.AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     @classmethod
-    def code_files(cls) -> list[Path]:
-        """The modules that the classes of `AUTO_MAP` are made of."""
+    def save_code(cls, save_directory: str | os.PathLike) -> None:
+        """Write the modules that the classes of `AUTO_MAP` are made of into a folder."""
+        os.makedirs(save_directory, exist_ok=True)
         folder = Path(__file__).parent
         modules = {folder / f"{reference.partition('.')[0]}.py" for reference in cls.AUTO_MAP.values()}
-        imported = {Path(file) for module in modules for file in get_relative_import_files(module)}
-        return sorted(modules | imported)
+        modules |= {Path(file) for module in modules for file in get_relative_import_files(module)}
+        for module in modules:
+            target = Path(save_directory, module.name)
+            if target.resolve() != module.resolve():
+                shutil.copyfile(module, target)
 
     @classmethod
     def from_pretrained(
@@ -73,26 +81,38 @@ class CheckpointMixin:
             OSError: if a file is missing or damaged; the message names it.
             RuntimeError: if the weights are not those of the configuration.
         """
+        name, stored = pretrained_model_name_or_path, {}
+        if use_safetensors and name is not None and os.path.isdir(name):
+            stored = read_headers(weight_folder(name, kwargs), kwargs.get("variant"))
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                name,
                 *model_args,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
                 use_safetensors=use_safetensors,
                 output_loading_info=True,
                 **kwargs,
             )
-        except (SafetensorError, FileNotFoundError, json.JSONDecodeError) as error:
-            damage = describe_damage(pretrained_model_name_or_path, kwargs)
-            if damage is None:
-                raise
-            raise OSError(
-                f"{damage} Copy or download it again, or load another checkpoint. (A file in the cache of the Hub has "
-                "to be deleted first.)"
-            ) from error
+        except READING_ERRORS:
+            # A file in the cache of the Hub, which may have been downloaded just now.
+            if use_safetensors and name is not None and (folder := weight_folder(name, kwargs)) is not None:
+                read_headers(folder, kwargs.get("variant"))
+            raise
         if not ignore_mismatched_sizes:
-            check_weights(pretrained_model_name_or_path, info)
+            # Again: whether Transformers calls the method below is its own affair.
+            check_weights(name, info)
+        check_types(name, stored, model)
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        # Checked before missing weights are made: a damaged configuration may ask for any amount of memory.
+        if not load_config.ignore_mismatched_sizes:
+            model._adjust_missing_and_unexpected_keys(loading_info)
+            info = loading_info.to_dict()
+            info["missing_keys"] = info["missing_keys"] - model.all_tied_weights_keys.keys()
+            check_weights(load_config.pretrained_model_name_or_path, info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
 
 def check_weights(name: str | os.PathLike | None, info: dict[str, Any]) -> None:
@@ -114,8 +134,24 @@ def check_weights(name: str | os.PathLike | None, info: dict[str, Any]) -> None:
         )
 
 
-def describe_damage(name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
-    """A sentence that says which file of a checkpoint cannot be read; None if all can."""
+def check_types(name: str | os.PathLike | None, stored: dict[str, str], model: Any) -> None:
+    """
+    Raises:
+        RuntimeError: if weights that are floats in the model are stored as integers, and not because of quantization.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    weights = model.state_dict()
+    for key, dtype in stored.items():
+        if dtype.startswith(("I", "U", "BOOL")) and key in weights and weights[key].is_floating_point():
+            raise RuntimeError(
+                f"The weights in {name} are not those of the model that {CONFIG_NAME} describes. {key} is stored as "
+                f"{dtype}, not as floating-point numbers. Load another checkpoint, or copy or download this one again."
+            )
+
+
+def weight_folder(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None:
+    """The folder of a checkpoint's weights, perhaps in the cache of the Hub; None if there is none."""
     folder = Path(name)
     if not folder.is_dir():
         options = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key) is not None}
@@ -125,20 +161,58 @@ def describe_damage(name: str | os.PathLike, kwargs: dict[str, Any]) -> str | No
         if config is None:
             return None
         folder = Path(config).parent
-    folder = folder / kwargs.get("subfolder", "")
-    files = set(folder.glob("*.safetensors"))
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
+    return folder / (kwargs.get("subfolder") or "")
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """
+    The files of a checkpoint's weights: one, or those that an index names; none if there is neither.
+
+    Raises:
+        OSError: if the index is damaged, or names files outside of its folder.
+    """
+    # model.safetensors, or model.VARIANT.safetensors
+    single, index = (
+        folder / (f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}")
+        for stem, _, suffix in (name.rpartition(".") for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    )
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+        valid = isinstance(content["metadata"], dict) and names and all(isinstance(name, str) for name in names)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise damaged(f"{index} is not an index of weights")
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise damaged(f"{index} names {name}, which is not in its folder")
+    return [folder / name for name in names]
+
+
+def read_headers(folder: Path, variant: str | None) -> dict[str, str]:
+    """
+    Type of each stored weight, by name.
+
+    Raises:
+        OSError: if a file is missing or damaged; the message names it.
+    """
+    stored = {}
+    for path in weight_files(folder, variant):
         try:
-            files |= {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{index} is not an index of weights ({error!r})."
-    for file in sorted(files):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except FileNotFoundError:
-            return f"{file}, which {index.name} names, is missing."
+            with safe_open(path, framework="pt") as file:
+                stored.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise damaged(f"{path}, which the index of weights names, is missing") from error
         except SafetensorError as error:
-            return f"{file} is truncated or damaged ({error})."
-    return None
+            raise damaged(f"{path} is truncated or damaged ({error})") from error
+    return stored
+
+
+def damaged(problem: str) -> OSError:
+    return OSError(
+        f"{problem}. Copy or download it again, or load another checkpoint. (A file in the cache of the Hub has to be "
+        "deleted first.)"
+    )

@@ -3,6 +3,7 @@
 """Configuration of Causal Grassmann models."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -18,6 +19,8 @@ FORMAT_VERSION = 1
 # state holds as many vectors as the largest offset says.
 MAX_LAYERS = 1024
 MAX_OFFSET = 2**20
+# Each label gets a name.
+MAX_LABELS = 2**20
 # Ways to make one vector of a row's tokens.
 POOLINGS = ("first", "last", "mean")
 
@@ -33,6 +36,16 @@ def check_format_version(config: PreTrainedConfig) -> None:
             f"{CONFIG_NAME} files up to format {FORMAT_VERSION}: the model was saved by a newer one. Update with "
             "`pip install --upgrade modeling-grassmann`."
         )
+
+
+def check_label_count(fields: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if there are to be no labels, or more than anyone could have meant.
+    """
+    num_labels = fields.get("num_labels")
+    if isinstance(num_labels, int) and not 1 <= num_labels <= MAX_LABELS:
+        raise ValueError(f"`num_labels` must be from 1 to {MAX_LABELS}, got {num_labels}.")
 
 
 @strict
@@ -147,6 +160,7 @@ class GrassmannConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Derived from other fields; a file may name them all the same.
         kwargs.pop("layer_types", None)
+        check_label_count(kwargs)
         if self.offsets is None:
             layers = range(min(self.num_hidden_layers, MAX_LAYERS))
             self.offsets = [[PAPER_OFFSETS[i * len(PAPER_OFFSETS) // self.num_hidden_layers]] for i in layers]

@@ -3,17 +3,42 @@
 """Configuration of classifiers that put a Grassmann-Plücker head on a pretrained encoder."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_grassmann import FORMAT_VERSION, MAX_LAYERS, POOLINGS, GrassmannConfig, check_format_version
+from .configuration_grassmann import (
+    FORMAT_VERSION,
+    MAX_LAYERS,
+    POOLINGS,
+    GrassmannConfig,
+    check_format_version,
+    check_label_count,
+)
 
 
 HEAD_TYPES = ("grassmann", "transformer", "linear")
 PAIR_SHARINGS = ("distance", "enumeration")
+# The head keeps a factor for each pair of a window.
+MAX_WINDOW = 2048
+
+
+def check_backbone_fields(fields: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a damaged file asks for so many layers or labels that making them would not end.
+    """
+    check_label_count(fields)
+    model_type = fields["model_type"]
+    names = {"num_hidden_layers"}
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        names.add(CONFIG_MAPPING[model_type].attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    for name in names:
+        if isinstance(fields.get(name), int) and fields[name] > MAX_LAYERS:
+            raise ValueError(f"`{name}` of `backbone_config` must be at most {MAX_LAYERS}, got {fields[name]}.")
 
 
 @strict
@@ -48,8 +73,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
             Size of the reduced vectors. Open: the mixing heads divide it among themselves, as attention heads divide
             the hidden size, so that each has planes in R^(reduced_size / num_heads).
         window_size (`int`, *optional*, defaults to 8):
-            Tokens in a window. Each token is paired with all others of its windows, on both sides. Windows are
-            counted from a row's first real token.
+            Tokens in a window, at most 2048. Each token is paired with all others of its windows, on both sides.
+            Windows are counted from a row's first real token.
         window_stride (`int`, *optional*, defaults to 8):
             Distance between the starts of windows, a divisor of `window_size`.
         pair_sharing (`str`, *optional*, defaults to `"distance"`):
@@ -111,11 +136,17 @@ class GrassmannPluckerConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        check_label_count(kwargs)
         if self.backbone_config is None:
             self.backbone_config = AutoConfig.for_model("distilbert")
         elif isinstance(self.backbone_config, dict):
             if "model_type" not in self.backbone_config:
                 raise ValueError("`backbone_config` must name the `model_type` of the backbone, such as 'distilbert'.")
+            if self.backbone_config["model_type"] == self.model_type:
+                raise ValueError(
+                    f"`backbone_config` must be that of a text encoder, got `model_type` {self.model_type!r}."
+                )
+            check_backbone_fields(self.backbone_config)
             if self.backbone_config["model_type"] == GrassmannConfig.model_type:
                 # Known here without the package too, where this file came with a checkpoint.
                 self.backbone_config = GrassmannConfig.from_dict(self.backbone_config)
@@ -138,6 +169,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`window_size` must be at least 2, since a pair needs two tokens, got {self.window_size}."
             )
+        if self.window_size > MAX_WINDOW:
+            raise ValueError(f"`window_size` must be at most {MAX_WINDOW}, got {self.window_size}.")
         if self.window_size % self.window_stride != 0:
             raise ValueError(
                 f"`window_stride` must divide `window_size` ({self.window_size}), so that every token lies in as many "

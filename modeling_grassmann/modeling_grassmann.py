@@ -121,6 +121,24 @@ class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 init.ones_(module.offset_weights)
 
 
+def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) -> torch.Tensor:
+    """
+    Rows of an embedding.
+
+    Raises:
+        ValueError: if there is no row of an id; only on a CPU, which finds that without being asked to.
+    """
+    try:
+        return embedding(ids)
+    except IndexError as error:
+        outside = ids[(ids < 0) | (ids >= embedding.num_embeddings)].tolist()
+        if not outside:
+            raise
+        raise ValueError(
+            f"`{name}` holds {outside[0]}, but the model knows 0 to {embedding.num_embeddings - 1}. {advice}"
+        ) from error
+
+
 @auto_docstring
 class GrassmannModel(GrassmannPreTrainedModel):
     def __init__(self, config: GrassmannConfig):
@@ -221,7 +239,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
             self.check_cache(past_key_values)
 
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = look_up(self.embed_tokens, input_ids, "input_ids", "Is the tokenizer that of the model?")
         batch_size, length = inputs_embeds.shape[:2]
         if attention_mask is not None and (
             attention_mask.shape[1] < length or (attention_mask.shape[1] > length and past_key_values is None)
@@ -238,7 +256,9 @@ class GrassmannModel(GrassmannPreTrainedModel):
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(position_ids)
+            hidden_states = hidden_states + look_up(
+                self.embed_positions, position_ids, "position_ids", "Shorten the sequences."
+            )
         hidden_states = self.dropout(hidden_states)
 
         positions = position_ids.expand(batch_size, length)

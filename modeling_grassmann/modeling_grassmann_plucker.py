@@ -26,7 +26,7 @@ from .plucker import PluckerProjection, PluckerWindowMixer, gated_mix, window_pa
 
 
 # A Grassmann backbone has to be found without the package too, where this file came with a checkpoint.
-AutoModel.register(GrassmannConfig, GrassmannModel, exist_ok=True)
+AutoModel.register(GrassmannConfig, GrassmannModel)
 
 
 class TokenwiseMixer(nn.Module):
@@ -70,6 +70,8 @@ class TransformerLayer(nn.TransformerEncoderLayer):
             batch_first=True,
             norm_first=config.norm_placement == "pre",
         )
+        # PyTorch's fused path would read the weights past adapters that were put on the layer, without a word.
+        self.activation_relu_or_gelu = 0
 
     def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states, src_key_padding_mask=~real)
@@ -96,7 +98,8 @@ class MixingHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         hidden_states = self.projection(hidden_states)  # (B, T, d)
         # Real tokens to the front: windows are counted from the first of them, wherever the padding is.
-        order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)  # (B, T)
+        index = torch.arange(real.shape[1], device=real.device)
+        order = torch.where(real, index, index + real.shape[1]).argsort(-1)  # (B, T)
         hidden_states = hidden_states.gather(1, order[..., None].expand_as(hidden_states))
         real = real.gather(1, order)
         for layer in self.layers:
@@ -196,6 +199,8 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
 
         # Initialize weights and apply final processing
         self.post_init()
+        # FSDP wraps the layers that are named, and refuses a name without a layer: there are those of one head only.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.train()
 
     @classmethod

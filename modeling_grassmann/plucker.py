@@ -269,6 +269,42 @@ def window_pair_weights(window_size: int, num_heads: int, pair_sharing: str) -> 
     return weights
 
 
+def window_sums_by_window(reduced, direction, pair_weights, real, front: int, eps: float):
+    """
+    The unit tangents of each token's pairs, summed with their weights, over the windows of which the first starts
+    `front` places before the first token. Arguments are those of [`plucker_window_features`].
+
+    Returns:
+        Sums of shape `(B, T, H, r)` and numbers of pairs of shape `(B, T, 1)`.
+    """
+    length, window_size = reduced.shape[1], pair_weights.shape[-1]
+    padding = (front, -(front + length) % window_size)
+    z, z_hat = (
+        F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)) for vectors in (reduced, direction)
+    )  # (B, N, W, H, r)
+    inside = F.pad(real, padding).unflatten(1, (-1, window_size))  # (B, N, W)
+    other = ~torch.eye(window_size, dtype=torch.bool, device=reduced.device)
+    pair = inside[..., :, None] & inside[..., None, :] & other  # (B, N, W, W)
+    tangents = unit_tangent(z_hat[:, :, :, None], z[:, :, None], pair[..., None, None], eps)  # (B, N, W, W, H, r)
+    tangents = torch.einsum("bnijhr,hij->bnihr", tangents, pair_weights.to(tangents.dtype))
+    count = pair.sum(-1).flatten(1, 2)[:, front : front + length, None]  # (B, N, W) -> (B, T, 1)
+    return tangents.flatten(1, 2)[:, front : front + length], count  # (B, N, W, H, r) -> (B, T, H, r)
+
+
+def window_sums_by_token(reduced, direction, pair_weights, real, front: int, eps: float):
+    """[`window_sums_by_window`] with a gather in the place of views, whose shapes hold for every length."""
+    length, window_size = reduced.shape[1], pair_weights.shape[-1]
+    token = torch.arange(length, device=reduced.device)
+    place = (token + front) % window_size
+    neighbour = (token - place)[:, None] + torch.arange(window_size, device=reduced.device)  # (T, W)
+    other = (neighbour != token[:, None]) & (neighbour >= 0) & (neighbour < length)
+    neighbour = neighbour.clamp(0, length - 1)
+    pair = real[:, :, None] & real[:, neighbour] & other  # (B, T, W)
+    tangents = unit_tangent(direction[:, :, None], reduced[:, neighbour], pair[..., None, None], eps)
+    weights = pair_weights.to(tangents.dtype)[:, place].permute(1, 2, 0)[..., None]  # (T, W, H, 1)
+    return (tangents * weights).sum(2), pair.sum(-1, keepdim=True)  # (B, T, W, H, r) -> (B, T, H, r)
+
+
 def plucker_window_features(
     reduced: torch.Tensor,
     weight: torch.Tensor,
@@ -302,22 +338,15 @@ def plucker_window_features(
     Returns:
         `torch.Tensor` of shape `(B, T, d)`.
     """
-    length, window_size = reduced.shape[1], pair_weights.shape[-1]
+    window_size = pair_weights.shape[-1]
     reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
     direction = unit(reduced, reduced.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
-    other = ~torch.eye(window_size, dtype=torch.bool, device=reduced.device)
     tangent, count = 0.0, 0
+    # Exported programs serve all lengths, and the number of windows is no fixed function of them.
+    window_sums = window_sums_by_token if torch.compiler.is_exporting() else window_sums_by_window
     for front in range(0, window_size, window_stride):
-        padding = (front, -(front + length) % window_size)
-        z, z_hat = (
-            F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)) for vectors in (reduced, direction)
-        )  # (B, N, W, H, r)
-        inside = F.pad(real, padding).unflatten(1, (-1, window_size))  # (B, N, W)
-        pair = inside[..., :, None] & inside[..., None, :] & other  # (B, N, W, W)
-        tangents = unit_tangent(z_hat[:, :, :, None], z[:, :, None], pair[..., None, None], eps)  # (B, N, W, W, H, r)
-        tangents = torch.einsum("bnijhr,hij->bnihr", tangents, pair_weights.to(tangents.dtype))
-        tangent = tangent + tangents.flatten(1, 2)[:, front : front + length]  # (B, N, W, H, r) -> (B, T, H, r)
-        count = count + pair.sum(-1).flatten(1, 2)[:, front : front + length, None]  # (B, N, W) -> (B, T, 1)
+        tangents, pairs = window_sums(reduced, direction, pair_weights, real, front, eps)
+        tangent, count = tangent + tangents, count + pairs
     tangent = tangent / count.clamp(min=1)[..., None]
     return project_planes(direction, tangent, weight, bias, count > 0)
 
