@@ -3,11 +3,15 @@
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+
+# What the Trainer calls the model under FSDP: a folder of shards, or one file with `FULL_STATE_DICT`.
+FSDP_SHARDS = "pytorch_model_fsdp_0"
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -29,21 +33,49 @@ def is_complete(folder: str | os.PathLike) -> bool:
     The main process of the Trainer writes weights, optimizer, scheduler, its random state and, last of all,
     `trainer_state.json`. The other processes write their random states with no barrier after it, so the state file
     alone proves nothing about them; `RunLog` stores in it how many there are. An older checkpoint that was being
-    deleted may lack any file. Hence each file is looked at. Checkpoints without optimizer (`save_only_model`) and the
-    sharded ones of FSDP and DeepSpeed do not count.
+    deleted may lack any file. Hence each file is looked at. Under FSDP, weights and optimizer are folders of shards,
+    or with `FULL_STATE_DICT` files of other names. Checkpoints without optimizer (`save_only_model`) and those of
+    DeepSpeed do not count.
     """
     folder = Path(folder)
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         processes = state.get("stateful_callbacks", {}).get("RunLog", {}).get("attributes", {}).get("processes", 1)
-        random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-        return _weights_are_complete(folder) and all(
-            # torch.save writes a zip archive, whose directory is at the end of the file.
-            zipfile.is_zipfile(folder / name)
-            for name in ["optimizer.pt", "scheduler.pt", *random_states]
-        )
+        archives = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+        archives.append("scheduler.pt")
+        if (folder / FSDP_SHARDS).exists():
+            complete = all(_shards_are_complete(folder / name) for name in (FSDP_SHARDS, "optimizer_0"))
+        elif (folder / FSDP_WEIGHTS).exists():
+            complete, archives = True, [*archives, FSDP_WEIGHTS, "optimizer.bin"]
+        else:
+            complete, archives = _weights_are_complete(folder), [*archives, "optimizer.pt"]
+        return complete and all(_archive_is_complete(folder / name) for name in archives)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
+
+
+def is_of_fsdp(folder: str | os.PathLike) -> bool:
+    """Whether the checkpoint was written under FSDP, which alone can resume it."""
+    return any((Path(folder) / name).exists() for name in (FSDP_SHARDS, FSDP_WEIGHTS))
+
+
+def _shards_are_complete(folder: Path) -> bool:
+    """Whether the files are there, and whole, that the metadata of `torch.distributed.checkpoint` name.
+
+    The metadata are written last. They are a pickle, which could run any code when loaded, so that names are searched
+    in its bytes; the sizes in it are not compared.
+    """
+    metadata = (folder / ".metadata").read_bytes()
+    names = {name.decode() for name in re.findall(rb"__\d+_\d+\.distcp", metadata)}
+    # A pickle ends with a full stop.
+    return metadata.endswith(b".") and bool(names) and all(_archive_is_complete(folder / name) for name in names)
+
+
+def _archive_is_complete(path: Path) -> bool:
+    """torch.save writes a zip archive; one, or several in a row, end with the 22 bytes of an archive's directory."""
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        return file.read(4) == b"PK\x05\x06"
 
 
 def _weights_are_complete(folder: Path) -> bool:
@@ -88,9 +120,21 @@ class RunLog(TrainerCallback):
     The history is part of every checkpoint, so a resumed run goes on with the log of the run it resumes.
     """
 
+    in_training = False
+
     def on_train_begin(self, args, state, control, **kwargs):
+        self.in_training = True
         # Tells `is_complete` how many random states a checkpoint of this run has.
         state.stateful_callbacks["RunLog"] = {"args": {}, "attributes": {"processes": args.world_size}}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.in_training = False
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # The Trainer notes the best checkpoint before it saves it, and only if its folder exists. With shards of FSDP
+        # it does not yet, or only for some processes, and in the end they would load a worse model, or none.
+        if self.in_training and control.should_save:
+            os.makedirs(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), exist_ok=True)
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -319,7 +319,7 @@ def usage(record: Record, repo_id: str) -> str:
     lines = [
         f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{remote})',
         f'model = {auto_class}.from_pretrained("{repo_id}"{remote})',
         'inputs = tokenizer("This is the", add_special_tokens=False, return_tensors="pt")',
     ]

@@ -15,6 +15,8 @@ import torch
 import transformers
 from arguments import UserError, exits_on_user_error, parse
 from bigram import bigram_perplexity
+from checkpoints import write_json
+from model_card import load_record, write_card
 from run_clm import ARGUMENTS
 from text_data import load_blocks, load_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Validation perplexity over {metrics['eval_tokens']} tokens of {len(tokenizer)}:")
     print(f"  {type(model).__name__:<24}{perplexity:>10.2f}   ({metrics['parameters'] / 1e6:.2f}M parameters)")
     print(f"  {'Kneser-Ney bigram':<24}{bigram:>10.2f}")
+    write_json(folder / "baseline.json", {"name": "Kneser-Ney bigram", "eval_perplexity": bigram})
+    write_card(folder, load_record(folder), repo_id=str(folder))
 
     set_seed(0)
     for prompt in PROMPTS:

@@ -21,14 +21,15 @@ from metrics import compute_perplexity, sum_negative_log_likelihood
 from models import ModelArguments, load_config, load_model, load_tokenizer
 from text_data import EMBEDDED_CORPUS, DataArguments, load_blocks, load_texts
 from training import (
+    RunTrainer,
     check_training_arguments,
     checkpoint_to_resume,
+    finish,
     make_trainer,
     report,
     setup_logging,
     train,
     wanted_splits,
-    write_metrics,
     write_recipe,
 )
 from transformers import (
@@ -37,7 +38,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("Blocks of %d tokens: %s", block_size, {split: len(rows) for split, rows in blocks.items()})
 
     trainer = make_trainer(
-        Trainer,
+        RunTrainer,
         model=model,
         args=training_args,
         train_dataset=blocks.get("train"),
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = trainer.predict(blocks["test"], metric_key_prefix="test").metrics
         results.update(report(trainer, "test", metrics))
 
-    write_metrics(trainer, {**results, "parameters": model.num_parameters(), "block_size": block_size}, start)
+    finish(trainer, {**results, "parameters": model.num_parameters(), "block_size": block_size}, start)
 
 
 if __name__ == "__main__":

@@ -38,14 +38,15 @@ from pair_data import (
     warn_without_separator,
 )
 from training import (
+    RunTrainer,
     check_training_arguments,
     checkpoint_to_resume,
+    finish,
     make_trainer,
     report,
     setup_logging,
     train,
     wanted_splits,
-    write_metrics,
     write_recipe,
 )
 from transformers import (
@@ -53,7 +54,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -125,7 +125,7 @@ METRICS = {"loss": False, "accuracy": True}
 PREFIXES = {"train": "train", "validation": "eval", "test": "test"}
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(RunTrainer):
     """Trainer with a learning rate for the head, whose predictions keep the order of the data."""
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
                 path = os.path.join(training_args.output_dir, f"predictions_{split}.jsonl")
                 write_predictions(path, pairs.splits[split], output, label_names)
 
-    write_metrics(trainer, {**results, **facts}, start)
+    finish(trainer, {**results, **facts}, start)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,19 @@ import datasets
 import transformers
 import yaml
 from arguments import UserError, resolve
-from checkpoints import checkpoints, is_complete, last_complete_checkpoint, write_atomically, write_json
+from checkpoints import (
+    checkpoints,
+    is_complete,
+    is_of_fsdp,
+    last_complete_checkpoint,
+    write_atomically,
+    write_json,
+)
+from curves import draw_training_curve
+from hub import HUB_ERRORS, check_token, explain
+from model_card import CURVE, load_record, write_card
 from records import best_epoch, environment, mean_logged_loss
+from run_records import load_run
 from transformers import Trainer, TrainerState, TrainingArguments
 
 
@@ -47,6 +58,8 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
+    if args.push_to_hub:
+        check_token(args.hub_token)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
@@ -105,10 +118,28 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
+class RunTrainer(Trainer):
+    """Trainer that publishes the run's own model card."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except HUB_ERRORS as error:
+            raise explain(error, self.args.hub_model_id or self.args.output_dir) from error
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            write_card(folder, load_record(folder), repo_id=self.hub_model_id or folder.as_posix())
+
+
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
     """
     If the checkpoint is that of the run's last step, give the trainer the state and the model with which the run
     ended; the Trainer itself would train for one more step. Returns whether it is.
+
+    Raises:
+        UserError: if it is, under FSDP, which can evaluate only what it trained.
     """
     args, state = trainer.args, TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     steps = args.max_steps
@@ -117,6 +148,8 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
         steps = math.ceil(args.num_train_epochs * per_epoch)
     if state.global_step < steps:
         return False
+    if trainer.is_fsdp_enabled:
+        raise UserError(f"the run is complete: {state.global_step} steps were trained; under FSDP it is not repeated")
     best = state.best_model_checkpoint if args.load_best_model_at_end else None
     saved = type(trainer.model).from_pretrained(best or checkpoint)
     trainer.model.load_state_dict(saved.state_dict())
@@ -147,12 +180,16 @@ def setup_logging(args: TrainingArguments) -> None:
 def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
     """
     Raises:
-        UserError: if the Trainer cannot be made, such as for want of a package that `report_to` or `optim` needs.
+        UserError: if the Trainer cannot be made, such as for want of a package that `report_to` or `optim` needs, or
+            cannot do what is asked.
     """
     try:
-        return trainer_class(**options)
+        trainer = trainer_class(**options)
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot set up the training: {error}") from error
+    if trainer.accelerator.is_fsdp2 and not trainer.args.do_train:
+        raise UserError("FSDP2 needs do_train: evaluate a model with one process, or with DDP")
+    return trainer
 
 
 def write_recipe(trainer: Trainer, argument_types: tuple[type, ...], argv: list[str] | None) -> None:
@@ -176,12 +213,22 @@ def train(
 
     Returns:
         the metrics of the training, and `best_epoch`.
+
+    Raises:
+        UserError: if the checkpoint is one of FSDP and this run is not, or the other way round.
     """
+    if resumed and is_of_fsdp(resumed) != trainer.is_fsdp_enabled:
+        other = "with" if is_of_fsdp(resumed) else "without"
+        raise UserError(f"{resumed} was written {other} FSDP: resume it {other} FSDP")
     finished = resumed is not None and restore_finished(trainer, resumed)
     metrics = {} if finished else trainer.train(resume_from_checkpoint=resumed).metrics
     if use_cache is not None:
         trainer.model.config.use_cache = use_cache
-    trainer.save_model()
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded; the model itself is saved whole.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    # Published is the whole run, when it has been evaluated.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if resumed:
         # The Trainer relates the losses and samples since the resume to steps and time of different runs.
@@ -200,8 +247,30 @@ def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str,
     return metrics
 
 
-def write_metrics(trainer: Trainer, results: dict[str, Any], start: float) -> None:
-    """Write `metrics.json`: the results of a run that began at the time `start`, and what it ran on."""
+def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
+    """Write `metrics.json`, a picture of the training and the model card, and publish the run if it is to be.
+
+    Args:
+        trainer: the trainer.
+        results: what was measured.
+        start: time at which the run began.
+
+    Raises:
+        UserError: if the Hub refuses.
+    """
+    folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         results = {**results, **environment(trainer.args), "wall_time_seconds": round(time.time() - start, 1)}
-        write_json(os.path.join(trainer.args.output_dir, "metrics.json"), results)
+        write_json(folder / "metrics.json", results)
+        try:
+            draw_training_curve(load_run(folder, complete=False), folder / CURVE)
+        except UserError as error:
+            # The training is done; a picture must not cost it.
+            logger.warning("No picture of the training: %s", error)
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except HUB_ERRORS as error:
+            logger.error("The run is complete in %s, but not published: publish.py does that alone", folder)
+            raise explain(error, trainer.hub_model_id) from error

@@ -1,14 +1,21 @@
 """A run that is killed, at any moment, resumes to exactly the losses of a run that was left alone."""
 
 import json
+import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import run_clm
+import torch
 import yaml
-from checkpoints import checkpoints, is_complete, last_complete_checkpoint
+from checkpoints import checkpoints, is_complete, is_of_fsdp, last_complete_checkpoint
+from torch.distributed import checkpoint
 
 
 # Kills its own process with SIGKILL: either at a step between two saves, or when half of the optimizer's file, the
@@ -43,6 +50,8 @@ run_clm.main(argv)
 
 SCHEDULE = ["--do_train", "--do_eval", "--num_train_epochs=3", "--logging_steps=1", "--save_steps=7", "--eval_steps=7"]
 SCHEDULE += ["--eval_strategy=steps", "--report_to=none", "--save_total_limit=2"]
+
+QUIET = {"cwd": Path(__file__).parents[2], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def history(folder):
@@ -81,6 +90,41 @@ def test_run_killed_while_training_and_again_while_saving_loses_nothing(uninterr
     for name in ("eval_perplexity", "best_epoch"):
         assert metrics[0][name] == metrics[1][name]
     assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"])
+
+
+def newest_step(folder):
+    return max([int(Path(path).name.partition("-")[2]) for path in checkpoints(folder)], default=0)
+
+
+@pytest.mark.slow
+def test_run_killed_at_random_moments_of_saving_loses_nothing(tmp_path, tiny_run, run_python):
+    # Every step saves, so that most of the time is spent on it.
+    schedule = ["--do_train", "--max_steps=60", "--logging_steps=1", "--save_steps=1", "--save_total_limit=3"]
+    argv = ["trainer_scripts/run_clm.py", *tiny_run, *schedule, "--report_to=none", "--disable_tqdm=true"]
+    expected = tmp_path / "uninterrupted"
+    assert run_python(*argv, f"--output_dir={expected}").returncode == 0
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    argv += [f"--output_dir={folder}", "--resume_from_checkpoint=true"]
+    generator = random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    step = 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, *argv], env=environment, **QUIET)
+        # After a few more steps, a random time after the folder of a new checkpoint has appeared.
+        step += generator.randint(2, 8)
+        while process.poll() is None and newest_step(folder) < step:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        step = newest_step(folder)
+    assert run_python(*argv).returncode == 0
+    losses = [[entry for entry in history(path) if "loss" in entry] for path in (folder, expected)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder, expected)]
+    assert weights[0] == weights[1]
 
 
 def test_finished_run_stays_as_it_is(uninterrupted, tmp_path, tiny_run):
@@ -141,6 +185,56 @@ def test_sharded_checkpoint_needs_every_shard(uninterrupted, tmp_path):
     assert not is_complete(folder)
     shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
     assert is_complete(folder)
+
+
+def save_whole(folder):
+    """Model and optimizer as FSDP saves them with `FULL_STATE_DICT`."""
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        torch.save({"weight": torch.ones(3)}, folder / name)
+
+
+def save_shards(folder):
+    """The same with `SHARDED_STATE_DICT`, by one process."""
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        checkpoint.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder / name, no_dist=True)
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "save, name",
+    [
+        (save_whole, "pytorch_model_fsdp.bin"),
+        (save_whole, "optimizer.bin"),
+        (save_whole, "scheduler.pt"),
+        (save_shards, "pytorch_model_fsdp_0/.metadata"),
+        (save_shards, "pytorch_model_fsdp_0/__0_0.distcp"),
+        (save_shards, "optimizer_0/.metadata"),
+        (save_shards, "optimizer_0/__0_0.distcp"),
+        (save_shards, "scheduler.pt"),
+    ],
+)
+def test_checkpoint_of_fsdp_needs_every_file(uninterrupted, tmp_path, save, name, damage):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoints(uninterrupted)[0], folder)
+    assert not is_of_fsdp(folder)
+    for left_out in ("model.safetensors", "optimizer.pt"):
+        (folder / left_out).unlink()
+    save(folder)
+    assert is_of_fsdp(folder)
+    assert is_complete(folder)
+    damage(folder / name)
+    assert not is_complete(folder)
+
+
+def test_metadata_of_shards_are_not_unpickled(uninterrupted, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoints(uninterrupted)[0], folder)
+    save_shards(folder)
+    # Loading this pickle makes a folder.
+    trap = b"cos\nmkdir\n(S'" + bytes(tmp_path / "made") + b"'\nS'__0_0.distcp'\ntR."
+    (folder / "optimizer_0" / ".metadata").write_bytes(trap)
+    assert is_complete(folder)
+    assert not (tmp_path / "made").exists()
 
 
 def test_newest_checkpoint_is_the_one_with_the_largest_number(tmp_path):

@@ -1,0 +1,144 @@
+"""Publish the model of a run on the Hub, with its code, its records and a model card.
+
+    python trainer_scripts/publish.py runs/quickstart --repo-id user/name [--private] [--dry-run]
+
+uploads, in one commit: weights (safetensors), configuration, tokenizer, generation settings, the modules that define
+the model (so that `trust_remote_code=True` loads it anywhere), recipe, log, metrics, pictures and the model card.
+`--dry-run` leaves the same folder in `RUN_DIR/hub`, says what would go, and asks nothing of the Hub.
+"""
+
+import shutil
+from pathlib import Path
+
+import transformers
+from arguments import UserError, exits_on_user_error
+from curves import draw_training_curve
+from hub import HUB_ERRORS, check_token, explain
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from model_card import CURVE, load_record, write_card
+from models import MODEL_ERRORS, check_vocabulary
+from run_records import RecordsParser
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+AUTO_CLASSES = {
+    "text-generation": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "feature-extraction": AutoModel,
+}
+# Records of a run that go with its model.
+RECORDS = ("recipe.yaml", "log.jsonl", "metrics.json", "baseline.json", "confusion_matrix_*.json", "*.png")
+# What an earlier revision may hold and this one may not; both happen in one commit.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "*.png"]
+
+
+def load(folder: Path, auto_class: type) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a run.
+
+    Raises:
+        UserError: if one is missing or damaged, or if they do not belong together.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter, not a model: merge it first (`merge_and_unload`), or publish it with PEFT's"
+            " own `push_to_hub`"
+        )
+    for name, what in (("config.json", "saved model"), ("tokenizer_config.json", "tokenizer")):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: it needs a {what}, as `save_pretrained` writes it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_vocabulary(AutoConfig.from_pretrained(folder), tokenizer)
+        return auto_class.from_pretrained(folder, dtype="auto", use_safetensors=True), tokenizer
+    except MODEL_ERRORS as error:
+        raise UserError(f"cannot load what {folder} holds: {error}") from error
+
+
+def make_folder(run_dir: Path, repo_id: str, license: str, baseline: Path | None) -> Path:
+    """Write all that goes to the Hub into `RUN_DIR/hub`, in the place of what was there.
+
+    Args:
+        run_dir: folder of the run.
+        repo_id: name of the repository.
+        license: of the weights, as the Hub names it.
+        baseline: folder of the run that this one is compared with.
+
+    Raises:
+        UserError: if the run has no complete model, or a file cannot be written.
+    """
+    record = load_record(run_dir, baseline)
+    model, tokenizer = load(run_dir, AUTO_CLASSES[record.task])
+    partial, folder = run_dir / "hub.partial", run_dir / "hub"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            draw_training_curve(record.run, run_dir / CURVE)
+        except UserError as error:
+            print(f"warning: no picture of the training: {error}")
+        for pattern in RECORDS:
+            for path in sorted(run_dir.glob(pattern)):
+                shutil.copyfile(path, partial / path.name)
+        # The saved configuration names the modules that were written beside it.
+        write_card(partial, load_record(run_dir, baseline, config=partial), repo_id=repo_id, license=license)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+@exits_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    parser = RecordsParser(__doc__)
+    parser.add_argument("run_dir", type=Path, help="Folder of the run, or of any saved model with its tokenizer.")
+    parser.add_argument("--repo-id", required=True, help="Name of the repository, user/name. It is made if need be.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--dry-run", action="store_true", help="Write RUN_DIR/hub and upload nothing.")
+    parser.add_argument("--baseline", type=Path, help="Folder of the run that the card compares this one with.")
+    parser.add_argument("--license", default="apache-2.0", help="Licence of the weights (apache-2.0).")
+    parser.add_argument("--commit-message", default="Upload model", help="Message of the commit.")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    if not args.run_dir.is_dir():
+        raise UserError(f"{args.run_dir} is not a folder")
+    try:
+        validate_repo_id(args.repo_id)
+    except HUB_ERRORS as error:
+        raise explain(error, args.repo_id) from error
+    if not args.dry_run:
+        check_token(None)
+
+    folder = make_folder(args.run_dir, args.repo_id, args.license, args.baseline)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    print(f"{'Would upload' if args.dry_run else 'Uploading'} {folder} to {args.repo_id}:")
+    for path in files:
+        print(f"  {path.stat().st_size:>14,}  {path.relative_to(folder)}")
+    if args.dry_run:
+        return
+    try:
+        api = HfApi()
+        repo = api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            commit_message=args.commit_message,
+            delete_patterns=REPLACED,
+        )
+    except HUB_ERRORS as error:
+        raise explain(error, args.repo_id) from error
+    print(f"published {commit.commit_url}")
+
+
+if __name__ == "__main__":
+    main()
