@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# With the tests' own tools, and all the clients that the models are tested with.
+INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := modeling_grassmann trainer_scripts benchmarks tests
 QUICKSTART := runs/quickstart
 QUICKSTART_NLI := runs/quickstart_nli
@@ -13,6 +15,10 @@ QUICKSTART_NLI := runs/quickstart_nli
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or later is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reports]"
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
@@ -24,20 +30,20 @@ quickstart-nli: $(INSTALLED)  ## train a small classifier of sentence pairs whos
 	$(BIN)/python trainer_scripts/run_nli.py configuration/quickstart/entailment_pairs.yaml --output_dir $(QUICKSTART_NLI)
 	$(BIN)/python trainer_scripts/quickstart_nli.py $(QUICKSTART_NLI)
 
-test: $(INSTALLED) check-style  ## all that CI runs
+test: $(INSTALLED_DEV) check-style  ## all that CI runs
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: $(INSTALLED)  ## time and memory of the mixer
 	$(BIN)/python benchmarks/mixer.py
 
-style: $(INSTALLED)
+style: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-check-style: $(INSTALLED)
+check-style: $(INSTALLED_DEV)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 

@@ -78,7 +78,7 @@ def test_unusable_data_file(name, content, words, tmp_path, tiny_run, capsys):
         (["--num_train_epochs=0"], ["num_train_epochs=0", "more than 0"]),
         (["--per_device_train_batch_size=0"], ["per_device_train_batch_size=0", "at least 1"]),
         (["--metric_for_best_model=accuracy"], ["metric_for_best_model=accuracy", "perplexity"]),
-        (["--report_to=wandb"], ["cannot set up the training", "wandb"]),
+        (["--report_to=mlflow"], ["cannot set up the training", "mlflow"]),
         (["--load_best_model_at_end", "--eval_strategy=epoch", "--save_strategy=steps"], ["load_best_model_at_end"]),
     ],
 )
