@@ -1,8 +1,11 @@
 import json
 import math
+import subprocess
+import sys
 
 import heads
 import mixer
+import processes
 import pytest
 import timing
 import torch
@@ -229,3 +232,30 @@ def test_a_wrong_argument_of_heads_is_one_line_and_exit_code_2(flags, message, q
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert message in error.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_cpu_train_as_one_does(tmp_path):
+    """It starts four runs of a training script."""
+    output = tmp_path / "processes.json"
+    sizes = {"batch_size": 8, "steps": 4, "speed_steps": 2, "speed_batch_size": 2, "eval_samples": 4}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [
+        sys.executable,
+        processes.__file__,
+        "--recipe=configuration/quickstart/stdlib_docs.yaml",
+        "--device=cpu",
+        *options,
+    ]
+    subprocess.run([*command, f"--output={output}"], check=True, capture_output=True)
+    record = json.loads(output.read_text())
+    runs = record["comparison"]
+    assert runs["ddp"]["device"].startswith("2 x") and len(runs["ddp"]["losses"]) == 4
+    assert processes.largest_difference(runs["ddp"]["losses"], runs["one"]["losses"]) < 1e-5
+    assert record["speed"]["ddp"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 3), ("batch_size", 7), ("processes", 1)])
+def test_a_comparison_of_processes_that_cannot_be_made_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        processes.ProcessArguments(device="cpu", **{name: value})

@@ -5,6 +5,7 @@ import re
 
 import heads
 import mixer
+import processes
 import pytest
 from conftest import REPOSITORY
 from report import find_baseline, load_run, results_table
@@ -28,24 +29,49 @@ COMPARISONS = [
 ]
 
 
-def test_the_tour_works_when_pasted(tmp_path, run_python):
-    # What `make quickstart` leaves behind, from a few steps instead of minutes.
-    recipe = ["configuration/quickstart/stdlib_docs.yaml", "--max_train_samples=16", "--max_eval_samples=4"]
-    options = ["--num_train_epochs=1", "--report_to=none", f"--output_dir={tmp_path / 'runs' / 'quickstart'}"]
-    training = run_python("trainer_scripts/run_clm.py", *recipe, *options)
-    assert training.returncode == 0, training.stderr
-    # And `make quickstart-nli`.
-    options[-1] = f"--output_dir={tmp_path / 'runs' / 'quickstart_nli'}"
-    recipe[0] = "configuration/quickstart/entailment_pairs.yaml"
-    training = run_python("trainer_scripts/run_nli.py", *recipe, *options)
-    assert training.returncode == 0, training.stderr
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 5
-    tour = run_python("-c", f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
+@pytest.fixture(scope="module")
+def quickstarts(tmp_path_factory, run_python):
+    """Folder with what both quickstarts leave behind, from a few steps instead of minutes."""
+    folder = tmp_path_factory.mktemp("quickstarts")
+    for script, recipe, name in (
+        ("run_clm.py", "stdlib_docs", "quickstart"),
+        ("run_nli.py", "entailment_pairs", "quickstart_nli"),
+    ):
+        options = ["--max_train_samples=16", "--max_eval_samples=4", "--num_train_epochs=1", "--report_to=none"]
+        recipe = f"configuration/quickstart/{recipe}.yaml"
+        output = f"--output_dir={folder / 'runs' / name}"
+        training = run_python(f"trainer_scripts/{script}", recipe, *options, output)
+        assert training.returncode == 0, training.stderr
+    return folder
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def paste(blocks, folder, run_python):
+    tour = run_python("-c", f"import os; os.chdir({str(folder)!r})\n" + "\n".join(blocks))
     assert tour.returncode == 0, tour.stderr
-    assert "12,639,936 parameters" in tour.stdout
-    assert "torch.Size([2, 10, 64])" in tour.stdout
-    assert "'label': 'contradiction'" in tour.stdout
+    return tour.stdout
+
+
+def test_the_tour_works_when_pasted(quickstarts, run_python):
+    blocks = python_blocks(README)
+    assert len(blocks) >= 6
+    printed = paste(blocks, quickstarts, run_python)
+    assert "12,639,936 parameters" in printed
+    assert "torch.Size([2, 10, 64])" in printed
+    assert "'label': 'contradiction'" in printed
+
+
+def test_the_page_about_tools_works_when_pasted(quickstarts, run_python):
+    for package in ("peft", "trl", "onnxscript", "onnxruntime", "torchao"):
+        pytest.importorskip(package, reason=f"{package} is missing: an extra of this package")
+    blocks = python_blocks((REPOSITORY / "docs" / "tools.md").read_text(encoding="utf-8"))
+    # The task of that example comes from the Hub.
+    local = [block for block in blocks if "lambada_openai" not in block]
+    assert len(local) == len(blocks) - 1 >= 8
+    assert paste([*local, "print(logits.shape)"], quickstarts, run_python).endswith("(2, 16, 2048)\n")
 
 
 def test_the_two_set_up_commands_come_first_and_exist():
@@ -56,6 +82,7 @@ def test_the_two_set_up_commands_come_first_and_exist():
 
 def test_files_that_the_documents_name_exist():
     text = README + (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text += "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
     names = re.findall(
         r"(?:configuration|trainer_scripts|benchmarks|model_cards|docs|modeling_grassmann)/[\w./-]*", text
     )
@@ -84,6 +111,11 @@ def test_the_results_of_classifiers_are_those_of_the_recorded_runs():
 def test_the_speed_of_the_heads_is_the_recorded_one():
     record = json.loads((REPOSITORY / "benchmarks" / "results" / "heads_h200.json").read_text(encoding="utf-8"))
     assert heads.table(record["results"], record["head_parameters"]) in README
+
+
+def test_the_comparison_of_processes_is_the_recorded_one():
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "processes_h200.json").read_text(encoding="utf-8"))
+    assert processes.table(record) in (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_speed_of_the_mixer_is_the_recorded_one():
