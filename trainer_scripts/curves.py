@@ -9,7 +9,7 @@ from run_records import COLOURS, Run, logged, new_figure, save_figure
 # Key of `log.jsonl`, label of the axis, its scale.
 PANELS = (
     ("loss", "training loss", "linear"),
-    ("eval_perplexity", "validation perplexity", "log"),
+    ("eval_perplexity", "validation perplexity (log scale)", "log"),
     ("eval_accuracy", "validation accuracy", "linear"),
 )
 

@@ -14,7 +14,9 @@ from model_card import load_record
 from publish import main
 from safetensors.torch import load_file, save_file
 from server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_grassmann import GrassmannPluckerForSequenceClassification
 
 
 MODEL = ["--model_type=grassmann", "--block_size=16"]
@@ -40,6 +42,14 @@ exec(re.search(r"```python\\n(.*?)```", card.text, flags=re.DOTALL).group(1))
 with torch.no_grad():
     logits = model(torch.arange(1, 13).view(2, 6)).logits
 torch.save(logits, sys.argv[2])
+"""
+
+CLASSIFIER_CARD_CODE = """
+import re, sys
+from huggingface_hub import ModelCard
+code = re.search(r"```python\\n(.*?)```", ModelCard.load(sys.argv[1]).text, flags=re.DOTALL).group(1)
+print(code)
+exec(code)
 """
 
 
@@ -269,3 +279,20 @@ def test_any_saved_model_with_its_tokenizer_can_be_published(run, repo_id, hub, 
     card = hub.files(repo_id)["README.md"].decode()
     assert "has not been evaluated" in card and "Nothing was recorded about the training" in card
     assert load_record(run).task == "text-generation"
+
+
+@pytest.mark.parametrize("metrics", [{}, {"eval_unlabelled": 0, "max_length": 16, "eval_accuracy": 0.5}])
+def test_the_card_of_a_classifier_holds_code_that_answers(
+    metrics, make_backbone, trained, tmp_path, repo_id, publish, run_python, bare_python
+):
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    backbone = make_backbone("distilbert", vocab_size=len(tokenizer))
+    names = {0: "entailment", 1: "neutral", 2: "contradiction"}
+    model = GrassmannPluckerForSequenceClassification.from_backbone(backbone, id2label=names, hidden_size=16)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    success(publish(tmp_path / "run", repo_id))
+    process = run_python("-c", CLASSIFIER_CARD_CODE, repo_id, python=bare_python, check=True)
+    assert re.search(r"'label': '(entailment|neutral|contradiction)'", process.stdout)
+    assert ("text_pair" in process.stdout) == bool(metrics)
