@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +39,7 @@ class CheckpointMixin:
         if is_main_process and not os.path.isfile(save_directory):
             self.save_code(save_directory)
             # From a checkpoint the Trainer publishes weights and configuration alone, with what lies one folder above.
-            if Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
                 self.save_code(Path(save_directory).parent)
             self.config.auto_map = dict(self.AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -47,13 +48,23 @@ class CheckpointMixin:
     def save_code(cls, save_directory: str | os.PathLike) -> None:
         """Write the modules that the classes of `AUTO_MAP` are made of into a folder."""
         os.makedirs(save_directory, exist_ok=True)
-        folder = Path(__file__).parent
-        modules = {folder / f"{reference.partition('.')[0]}.py" for reference in cls.AUTO_MAP.values()}
-        modules |= {Path(file) for module in modules for file in get_relative_import_files(module)}
-        for module in modules:
+        for module in cls.code_files():
             target = Path(save_directory, module.name)
             if target.resolve() != module.resolve():
                 shutil.copyfile(module, target)
+
+    @classmethod
+    def code_files(cls) -> set[Path]:
+        """The modules that the classes of `AUTO_MAP` are made of."""
+        folder = Path(__file__).parent
+        modules = {folder / f"{reference.partition('.')[0]}.py" for reference in cls.AUTO_MAP.values()}
+        return modules | {Path(file) for module in modules for file in get_relative_import_files(module)}
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        # What `save_pretrained(push_to_hub=True)` does not upload, as it was there before: not so the code.
+        code = {module.name for module in self.code_files()}
+        times = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in times.items() if name not in code}
 
     @classmethod
     def from_pretrained(

@@ -156,6 +156,12 @@ class GrassmannPluckerConfig(PreTrainedConfig):
         kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # May be a folder of this machine; of the whole model it is not saved either.
+        output["backbone_config"].pop("_name_or_path", None)
+        return output
+
     def validate_format(self):
         check_format_version(self)
 

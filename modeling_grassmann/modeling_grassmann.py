@@ -131,12 +131,12 @@ def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) 
     try:
         return embedding(ids)
     except IndexError as error:
-        outside = ids[(ids < 0) | (ids >= embedding.num_embeddings)].tolist()
+        # Of the weight, which adapters on the layer have too.
+        size = embedding.weight.shape[0]
+        outside = ids[(ids < 0) | (ids >= size)].tolist()
         if not outside:
             raise
-        raise ValueError(
-            f"`{name}` holds {outside[0]}, but the model knows 0 to {embedding.num_embeddings - 1}. {advice}"
-        ) from error
+        raise ValueError(f"`{name}` holds {outside[0]}, but the model knows 0 to {size - 1}. {advice}") from error
 
 
 @auto_docstring

@@ -25,10 +25,6 @@ from .modeling_grassmann import GrassmannBlock, GrassmannModel, pool
 from .plucker import PluckerProjection, PluckerWindowMixer, gated_mix, window_pair_weights
 
 
-# A Grassmann backbone has to be found without the package too, where this file came with a checkpoint.
-AutoModel.register(GrassmannConfig, GrassmannModel)
-
-
 class TokenwiseMixer(nn.Module):
     """[`PluckerWindowMixer`] with zeros in the place of its features: what the head can do without them."""
 
@@ -183,7 +179,10 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
         super().__init__(config)
         if backbone is None:
             # The type of the head's weights, not the one in which the backbone was once stored.
-            backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+            # From a folder with its code, Transformers loads configurations and models as different modules.
+            is_grassmann = config.backbone_config.model_type == GrassmannConfig.model_type
+            from_config = GrassmannModel._from_config if is_grassmann else AutoModel.from_config
+            backbone = from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.backbone = backbone
         check_backbone(config.backbone_config, self.backbone)
         # A pooler would be made of weights that nothing here uses, and that get no gradient. Some backbones call it.

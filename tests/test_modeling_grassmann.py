@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     pipeline,
 )
 
+import modeling_grassmann
 from modeling_grassmann import GrassmannForCausalLM, GrassmannForSequenceClassification, GrassmannModel
 
 
@@ -58,6 +60,20 @@ def test_a_saved_model_loads_as_safetensors_with_equal_outputs_to_the_bit(
     assert not any(info.values()), info
     ids = make_ids(2, 12)
     assert torch.equal(loaded(ids)[0], model(ids)[0])
+
+
+def test_the_code_of_a_checkpoint_lies_in_its_folder_and_one_above_for_the_trainer(make_model, tmp_path):
+    package = Path(modeling_grassmann.__file__).parent
+    modules = {"cache_grassmann.py", "checkpoint_grassmann.py", "configuration_grassmann.py", "modeling_grassmann.py"}
+    modules.add("plucker.py")
+    model = make_model()
+    for name, above in (("checkpoint-best", False), ("checkpoint-10", True)):
+        model.save_pretrained(tmp_path / name / name)
+        for folder, present in ((tmp_path / name / name, True), (tmp_path / name, above)):
+            assert {path.name for path in folder.glob("*.py")} == (modules if present else set())
+        assert all(
+            (tmp_path / name / name / module).read_bytes() == (package / module).read_bytes() for module in modules
+        )
 
 
 def test_a_sharded_checkpoint_loads_with_equal_logits(make_model, make_ids, tmp_path):

@@ -39,5 +39,5 @@ def explain(error: Exception, repo_id: str) -> UserError:
             " of your own"
         )
     if isinstance(error, HfHubHTTPError):
-        return UserError(f"the Hub failed for {repo_id}: {error}. Nothing of it was changed; try again")
+        return UserError(f"the Hub failed for {repo_id}: {error}. No file of it was changed; try again")
     return UserError(f"cannot reach the Hub for {repo_id}: {error}. Try again when the connection is back")

@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -84,7 +85,7 @@ class Record:
     @property
     def task(self) -> str:
         """The Hub's name for what the model does."""
-        names = " ".join(self.saved_config.get("architectures") or [])
+        names = str(self.saved_config.get("architectures"))
         if "block_size" in self.run.metrics or "CausalLM" in names or "LMHead" in names:
             return "text-generation"
         if "max_length" in self.run.metrics or "SequenceClassification" in names:
@@ -96,7 +97,8 @@ class Record:
         """Configuration of the model, from its file or else from the recipe; None if neither tells it."""
         fields = dict(self.saved_config)
         if not fields:
-            fields = dict(self.recipe.get("config_overrides") or {})
+            given = self.recipe.get("config_overrides")
+            fields = dict(given) if isinstance(given, dict) else {}
             if name := self.recipe.get("config_name"):
                 path = REPOSITORY / name / "config.json"
                 fields = {**read_object(path), **fields}
@@ -107,7 +109,7 @@ class Record:
         model_type = fields.pop("model_type", None)
         try:
             return AutoConfig.for_model(model_type, **fields)
-        except (TypeError, ValueError, StrictDataclassError):
+        except (AttributeError, TypeError, ValueError, StrictDataclassError):
             # Remote code, or a type that this version of Transformers does not know.
             return None
 
@@ -151,10 +153,12 @@ def find_baseline(run: Run, folder: Path | None) -> tuple[str, dict[str, Any]] |
         metrics = read_object(own)
         return str(metrics.pop("name", "baseline")), metrics
     if folder is None and named.is_file():
-        for pattern, name in yaml.safe_load(read(named)).items():
+        for pattern, name in (yaml.safe_load(read(named)) or {}).items():
             if fnmatch.fnmatchcase(run.name, pattern):
                 folder = run.folder.parent / name.format(seed=run.metrics.get("seed"))
                 break
+        # The run may come first.
+        folder = folder if folder and (folder / "metrics.json").is_file() else None
     if folder is None:
         return None
     other = load_run(folder)
@@ -228,37 +232,44 @@ def is_hub_id(name: Any) -> bool:
 
 def summary(record: Record) -> str:
     config = record.config
-    size = record.run.metrics.get("parameters")
+    size = record.run.number("parameters")
     size = f" with {size / 1e6:.2f} million parameters" if size else ""
     task = TASKS[record.task].lower()
     if config is None:
         return f"A model for {task}{size}."
     if config.model_type == "grassmann":
+        kind = "Causal" if config.is_causal else "bidirectional"
         return (
-            f"A Causal Grassmann model for {task}{size}: no attention; pairs of tokens are encoded as planes on a"
+            f"A {kind} Grassmann model for {task}{size}: no attention; pairs of tokens are encoded as planes on a"
             " Grassmann manifold through Plücker coordinates (arXiv 2512.19428), at a cost linear in length."
         )
     if config.model_type == "grassmann_plucker":
-        head = {"grassmann": "Grassmann-Plücker"}.get(config.head_type, config.head_type)
-        return f"A classifier of texts{size}: a pretrained encoder with a {head} head (arXiv 2512.19428)."
-    return f"A `{config.model_type}` model for {task}{size}, trained beside Causal Grassmann models for comparison."
+        head = {"grassmann": "Grassmann-Plücker head (arXiv 2512.19428)"}.get(
+            config.head_type, config.head_type + " head"
+        )
+        return f"A classifier of texts{size}: an encoder with a {head}."
+    return f"A `{config.model_type}` model for {task}{size}."
 
 
 def training(record: Record) -> str:
     """Data, facts and versions of the training."""
-    recipe, metrics = record.recipe, record.run.metrics
+    recipe, metrics = without_folders(record.recipe), record.run.metrics
     if not recipe and not metrics:
         return "Nothing was recorded about the training."
     sources = [f"`{recipe['dataset_name']}`"] if recipe.get("dataset_name") else []
     sources += [f"configuration `{recipe['dataset_config_name']}`"] if recipe.get("dataset_config_name") else []
     sources += [
-        f"`{os.path.basename(recipe[key])}`" for key in sorted(recipe) if key.endswith("_file") and recipe[key]
+        f"`{os.path.basename(str(recipe[key]))}`" for key in sorted(recipe) if key.endswith("_file") and recipe[key]
     ]
     rows = [("data", ", ".join(sources) or "not recorded")]
     if start := recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path"):
         rows.append(("started from", f"`{start}`"))
-    rows += [(text, show(metrics[key])) for key, (text, show) in FACTS.items() if metrics.get(key) is not None]
-    versions = [f"{name} {version}" for name, version in (metrics.get("versions") or {}).items() if version]
+    for key, (text, show) in FACTS.items():
+        value = metrics.get(key) if show is str else record.run.number(key)
+        rows += [(text, show(value))] if value is not None else []
+    versions = metrics.get("versions")
+    versions = versions.items() if isinstance(versions, dict) else []
+    versions = [f"{name} {version}" for name, version in versions if version]
     rows.append(("versions", ", ".join(versions) or "not recorded"))
     return "\n".join(["| | |", "| --- | --- |", *(f"| {text} | {value} |" for text, value in rows)])
 
@@ -279,7 +290,7 @@ def architecture(record: Record) -> str:
 
 def limits(record: Record) -> str:
     config, lines = record.config, []
-    if config is not None and config.model_type == "grassmann" and config.is_causal:
+    if record.task == "text-generation" and config is not None and config.model_type == "grassmann":
         reach = sum(max(offsets) for offsets in config.layer_offsets)
         lines.append(
             f"- The context is local: a prediction depends on its token and the {reach} before it, no further."
@@ -288,18 +299,22 @@ def limits(record: Record) -> str:
     if positions is None and hasattr(config, "backbone_config") and record.saved_config:
         positions = getattr(config.backbone_config, "max_position_embeddings", None)
     if positions is not None:
-        lines.append(f"- It takes at most {positions} tokens.")
+        lines.append(f"- It takes no text of more than {positions} tokens.")
     if record.task == "text-classification":
         lines.append("- It always answers with one of its classes, also where none applies.")
     if eval_results(record):
         lines.append("- One run with one seed stands behind the figures above; other seeds give others.")
-    lines.append("- It learned from the data named above alone, and repeats their errors and biases. Nothing was done")
-    lines[-1] += " about harmful content, and nothing was measured beyond the table above."
+    start = record.recipe.get("backbone_name_or_path") or record.recipe.get("model_name_or_path")
+    alone = "the data named above alone"
+    source = f"the data named above, and `{os.path.basename(str(start))}` from others before" if start else alone
+    lines.append(f"- It learned from {source}, and repeats their errors and biases.")
+    lines[-1] += " Nothing was done about harmful content, and nothing was measured beyond the table above."
     return "\n".join(lines)
 
 
 def usage(record: Record, repo_id: str) -> str:
     """Code that loads the model from the Hub and uses it."""
+    name = json.dumps(repo_id, ensure_ascii=False)
     remote = ", trust_remote_code=True" if record.saved_config.get("auto_map") else ""
     if record.task == "text-classification":
         text = (
@@ -311,7 +326,7 @@ def usage(record: Record, repo_id: str) -> str:
             [
                 "from transformers import pipeline",
                 "",
-                f'classifier = pipeline("text-classification", model="{repo_id}"{remote})',
+                f'classifier = pipeline("text-classification", model={name}{remote})',
                 f"print(classifier({text}))",
             ]
         )
@@ -319,8 +334,8 @@ def usage(record: Record, repo_id: str) -> str:
     lines = [
         f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{remote})',
-        f'model = {auto_class}.from_pretrained("{repo_id}"{remote})',
+        f"tokenizer = AutoTokenizer.from_pretrained({name}{remote})",
+        f"model = {auto_class}.from_pretrained({name}{remote})",
         'inputs = tokenizer("This is the", add_special_tokens=False, return_tensors="pt")',
     ]
     if record.task == "text-generation":
@@ -333,8 +348,26 @@ def usage(record: Record, repo_id: str) -> str:
     return "\n".join(lines)
 
 
+def tags(config: PreTrainedConfig | None) -> list[str] | None:
+    if config is None or not config.model_type.startswith("grassmann"):
+        return None
+    if config.model_type == "grassmann":
+        return ["grassmann", "attention-free"]
+    # Encoder and head may have attention.
+    return ["grassmann"] if config.head_type == "grassmann" else None
+
+
 def is_pair_task(record: Record) -> bool:
     return "train_unlabelled" in record.run.metrics or "eval_unlabelled" in record.run.metrics
+
+
+def without_folders(value: Any) -> Any:
+    """A recipe in which files and folders of this machine have lost the folders that they are in."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def make_card(record: Record, repo_id: str | None = None, license: str = "apache-2.0") -> ModelCard:
@@ -344,7 +377,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
         repo_id: where its model can be loaded from; None for a run of which only the record is kept.
         license: the weights', as the Hub names it.
     """
-    recipe, config = record.recipe, record.config
+    recipe, config = without_folders(record.recipe), record.config
     name = Path(repo_id).name if repo_id else record.run.name
     start = recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path")
     data = ModelCardData(
@@ -352,7 +385,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
         license=license,
         library_name="transformers",
         pipeline_tag=record.task,
-        tags=["grassmann", "attention-free"] if config and config.model_type.startswith("grassmann") else None,
+        tags=tags(config),
         datasets=[recipe["dataset_name"]] if is_hub_id(recipe.get("dataset_name")) else None,
         # Only where it can be seen that it is no folder.
         base_model=start if repo_id and is_hub_id(start) else None,
@@ -361,6 +394,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
     folder = record.run.folder
     if folder.is_relative_to(REPOSITORY):
         folder = folder.relative_to(REPOSITORY)
+    paths = [quote(path) for path in (f"{folder.as_posix()}/recipe.yaml", f"runs/{name}")]
     script = "run_nli.py" if record.task == "text-classification" else "run_clm.py"
     licence = f"The weights: {license}. The modeling code: Apache License 2.0."
     if start or recipe.get("dataset_name"):
@@ -374,7 +408,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
         repo_id=repo_id,
         usage=usage(record, repo_id) if repo_id else None,
         remote_code="auto_map" in record.saved_config,
-        command=f"python trainer_scripts/{script} {folder.as_posix()}/recipe.yaml --output_dir runs/{name}",
+        command=f"python trainer_scripts/{script} {paths[0]} --output_dir {paths[1]}",
         evaluation=evaluation_table(record),
         training=training(record),
         curve=CURVE if (record.run.folder / CURVE).is_file() else None,

@@ -7,16 +7,20 @@ the model (so that `trust_remote_code=True` loads it anywhere), recipe, log, met
 `--dry-run` leaves the same folder in `RUN_DIR/hub`, says what would go, and asks nothing of the Hub.
 """
 
+import fnmatch
+import glob
 import shutil
 from pathlib import Path
 
 import transformers
+import yaml
 from arguments import UserError, exits_on_user_error
+from checkpoints import write_atomically
 from curves import draw_training_curve
 from hub import HUB_ERRORS, check_token, explain
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from model_card import CURVE, load_record, write_card
+from model_card import CURVE, load_record, without_folders, write_card
 from models import MODEL_ERRORS, check_vocabulary
 from run_records import RecordsParser
 from transformers import (
@@ -36,9 +40,9 @@ AUTO_CLASSES = {
     "feature-extraction": AutoModel,
 }
 # Records of a run that go with its model.
-RECORDS = ("recipe.yaml", "log.jsonl", "metrics.json", "baseline.json", "confusion_matrix_*.json", "*.png")
-# What an earlier revision may hold and this one may not; both happen in one commit.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "*.png"]
+RECORDS = ("log.jsonl", "metrics.json", "baseline.json", "confusion_matrix_*.json", "*.png")
+# What an earlier revision may hold beside the weights and this one may not; both happen in one commit.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py", "*.png", "training_args.bin")
 
 
 def load(folder: Path, auto_class: type) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -57,13 +61,20 @@ def load(folder: Path, auto_class: type) -> tuple[PreTrainedModel, PreTrainedTok
             raise UserError(f"{folder} has no {name}: it needs a {what}, as `save_pretrained` writes it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        check_vocabulary(AutoConfig.from_pretrained(folder), tokenizer)
-        return auto_class.from_pretrained(folder, dtype="auto", use_safetensors=True), tokenizer
-    except MODEL_ERRORS as error:
+        config = AutoConfig.from_pretrained(folder)
+        check_vocabulary(config, tokenizer)
+        model = auto_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        if config.architectures and type(model).__name__ not in config.architectures:
+            raise UserError(
+                f"{folder} holds a {config.architectures[0]}, which cannot be published here: language models,"
+                " classifiers of texts and models without an output layer can"
+            )
+        return model, tokenizer
+    except (*MODEL_ERRORS, AttributeError, LookupError, TypeError) as error:
         raise UserError(f"cannot load what {folder} holds: {error}") from error
 
 
-def make_folder(run_dir: Path, repo_id: str, license: str, baseline: Path | None) -> Path:
+def make_folder(run_dir: Path, repo_id: str, license: str = "apache-2.0", baseline: Path | None = None) -> Path:
     """Write all that goes to the Hub into `RUN_DIR/hub`, in the place of what was there.
 
     Args:
@@ -89,6 +100,9 @@ def make_folder(run_dir: Path, repo_id: str, license: str, baseline: Path | None
         for pattern in RECORDS:
             for path in sorted(run_dir.glob(pattern)):
                 shutil.copyfile(path, partial / path.name)
+        if record.recipe:
+            recipe = yaml.safe_dump(without_folders(record.recipe), sort_keys=False, allow_unicode=True)
+            write_atomically(partial / "recipe.yaml", recipe)
         # The saved configuration names the modules that were written beside it.
         write_card(partial, load_record(run_dir, baseline, config=partial), repo_id=repo_id, license=license)
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,6 +110,43 @@ def make_folder(run_dir: Path, repo_id: str, license: str, baseline: Path | None
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
     return folder
+
+
+def upload(folder: Path, repo_id: str, message: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload a folder in one commit, to a repository that is made if need be.
+
+    Args:
+        folder: as `make_folder` writes it.
+        repo_id: name of the repository.
+        message: of the commit.
+        private: whether a new repository is private.
+        revision: branch, if not the main one.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        UserError: if the Hub refuses.
+    """
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        # Not what lies in folders, which patterns would reach.
+        replaced = [
+            glob.escape(name)
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in REPLACED)
+        ]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            delete_patterns=replaced,
+        )
+    except HUB_ERRORS as error:
+        raise explain(error, repo_id) from error
+    return commit.commit_url
 
 
 @exits_on_user_error
@@ -124,20 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'Would upload' if args.dry_run else 'Uploading'} {folder} to {args.repo_id}:")
     for path in files:
         print(f"  {path.stat().st_size:>14,}  {path.relative_to(folder)}")
-    if args.dry_run:
-        return
-    try:
-        api = HfApi()
-        repo = api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            commit_message=args.commit_message,
-            delete_patterns=REPLACED,
-        )
-    except HUB_ERRORS as error:
-        raise explain(error, args.repo_id) from error
-    print(f"published {commit.commit_url}")
+    if not args.dry_run:
+        print(f"published {upload(folder, args.repo_id, args.commit_message, args.private)}")
 
 
 if __name__ == "__main__":

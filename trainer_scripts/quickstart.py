@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  {type(model).__name__:<24}{perplexity:>10.2f}   ({metrics['parameters'] / 1e6:.2f}M parameters)")
     print(f"  {'Kneser-Ney bigram':<24}{bigram:>10.2f}")
     write_json(folder / "baseline.json", {"name": "Kneser-Ney bigram", "eval_perplexity": bigram})
-    write_card(folder, load_record(folder), repo_id=str(folder))
+    write_card(folder, load_record(folder), repo_id=folder.as_posix())
 
     set_seed(0)
     for prompt in PROMPTS:

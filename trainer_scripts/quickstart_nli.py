@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  {'the same, loaded from disk, first ' + str(len(rows)) + ' pairs':<48}{accuracy:>7.1%}")
     print(f"  {BASELINE:<48}{bag_of_words:>7.1%}")
     write_json(folder / "baseline.json", {"name": BASELINE, "test_accuracy": bag_of_words})
-    write_card(folder, load_record(folder), repo_id=str(folder))
+    write_card(folder, load_record(folder), repo_id=folder.as_posix())
 
     for row, answer, label in list(zip(rows, answers, labels))[:EXAMPLES]:
         probabilities = ", ".join(f"{item['label']} {item['score']:.1%}" for item in answer)

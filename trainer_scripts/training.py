@@ -23,6 +23,7 @@ from checkpoints import (
 from curves import draw_training_curve
 from hub import HUB_ERRORS, check_token, explain
 from model_card import CURVE, load_record, write_card
+from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -60,6 +61,9 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
         raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
     if args.push_to_hub:
         check_token(args.hub_token)
+        if args.hub_token:
+            # The Trainer would write it into training_args.bin, and publish that.
+            os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
@@ -121,9 +125,9 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 class RunTrainer(Trainer):
     """Trainer that publishes the run's own model card."""
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except HUB_ERRORS as error:
             raise explain(error, self.args.hub_model_id or self.args.output_dir) from error
 
@@ -167,7 +171,8 @@ def setup_logging(args: TrainingArguments) -> None:
     )
     logging.captureWarnings(True)
     # Requests to the Hub are no news.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     logging.getLogger("datasets").handlers.clear()
@@ -242,8 +247,10 @@ def train(
 
 def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
     """Print the metrics and add them to `all_results.json`."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    # Of a finished run that is resumed, nothing may be left to print.
+    if metrics:
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
     return metrics
 
 
@@ -267,10 +274,17 @@ def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
         except UserError as error:
             # The training is done; a picture must not cost it.
             logger.warning("No picture of the training: %s", error)
-    trainer.create_model_card()
-    if trainer.args.push_to_hub:
         try:
-            trainer.push_to_hub()
-        except HUB_ERRORS as error:
-            logger.error("The run is complete in %s, but not published: publish.py does that alone", folder)
-            raise explain(error, trainer.hub_model_id) from error
+            trainer.create_model_card()
+        except UserError as error:
+            logger.warning("No model card: %s", error)
+        if trainer.args.push_to_hub:
+            # What the Trainer uploads in the background comes first.
+            if trainer.push_in_progress is not None:
+                trainer.push_in_progress.wait_until_done()
+            try:
+                published = make_folder(folder, trainer.hub_model_id)
+                upload(published, trainer.hub_model_id, "End of training", revision=trainer.args.hub_revision)
+            except UserError:
+                logger.error("The run is complete in %s, but not published: publish.py does that alone", folder)
+                raise

@@ -28,7 +28,10 @@ tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
 for name, (auto_class, config, weights) in json.loads(models).items():
     model = globals()[auto_class].from_config(AutoConfig.for_model(**json.load(open(config))))
     load_model(model, weights)
-    model.push_to_hub(name)
+    if auto_class == "AutoModelForCausalLM":
+        model.push_to_hub(name)
+    else:
+        model.save_pretrained(f"{weights}_saved", push_to_hub=True, repo_id=name)
     tokenizer.push_to_hub(name)
 
 sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "reduced_size": 4, "offsets": [1, 2]}
@@ -52,7 +55,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-lm, classifier, stacked, other, expected, trained, *texts = sys.argv[1:]
+lm, classifier, stacked, other, expected, trained, folder, *texts = sys.argv[1:]
 expected = load_file(expected)
 ids = expected["ids"]
 result = {}
@@ -98,6 +101,9 @@ with torch.no_grad():
     result["new head's shape"] = list(head(ids).logits.shape)
     result["new head's base"] = same("hidden", head.model(ids).last_hidden_state)
 result["classifiers"] = classify(classifiers(**trust))
+with torch.no_grad():
+    local = AutoModelForSequenceClassification.from_pretrained(folder, **trust)
+    result["from a folder"] = same("stacked", local(ids).logits)
 pipe = pipeline("text-classification", model=classifier, top_k=None, **trust)
 result["pipeline"] = [{row["label"]: row["score"] for row in rows} for rows in pipe(texts)]
 writer = pipeline("text-generation", model=lm, **trust)
@@ -228,6 +234,7 @@ def published(tmp_path_factory, make_model, make_classifier, make_ids, make_repo
     return names | {
         "expected": folder / "expected.safetensors",
         "probabilities": probabilities,
+        "folder": f"{folder / 'stacked'}.safetensors_saved",
         "trained": trained,
     }
 
@@ -240,7 +247,7 @@ def load(published, make_repo_id, run_python):
         other = make_repo_id("other")
         trained = json.dumps(published["trained"])
         names = [published[key] for key in ("lm", "classifier", "stacked")]
-        arguments = [*names, other, published["expected"], trained, *TEXTS]
+        arguments = [*names, other, published["expected"], trained, published["folder"], *TEXTS]
         return last_line(run_python("-c", LOAD + script, *arguments, check=True, **kwargs)) | {"other": other}
 
     return run
@@ -294,6 +301,10 @@ def test_without_the_package_pushed_classifiers_answer_the_same(bare, published)
     answers = torch.tensor([[row[f"LABEL_{i}"] for i in range(3)] for row in bare["pipeline"]])
     # The pipeline passes one text at a time, whose sums have another order than a padded batch's.
     torch.testing.assert_close(answers, published["probabilities"], atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_package_a_head_on_a_model_of_ours_loads_from_a_folder(bare):
+    assert bare["from a folder"]
 
 
 def test_without_the_package_and_without_trust_a_model_is_refused(bare):

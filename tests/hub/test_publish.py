@@ -14,7 +14,7 @@ from model_card import load_record
 from publish import main
 from safetensors.torch import load_file, save_file
 from server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from modeling_grassmann import GrassmannPluckerForSequenceClassification
 
@@ -74,6 +74,8 @@ def trained(tmp_path_factory, make_repo_id, run_python):
         f"--output_dir={folder / 'run'}",
         "--push_to_hub",
         f"--hub_model_id={repo_id}",
+        f"--hub_token={WRITE_TOKEN}",
+        token=None,
         check=True,
     )
     return folder / "run", repo_id
@@ -156,6 +158,16 @@ def test_a_run_that_pushes_publishes_its_code_records_and_final_card(trained, hu
     assert printed.strip().startswith("This is the")
 
 
+def test_nothing_that_a_run_publishes_holds_the_token_and_its_last_revision_no_pickle_or_path(trained, hub):
+    run, repo_id = trained
+    for commit in hub.repositories[repo_id].commits.values():
+        assert not [path for path, content in commit.files.items() if WRITE_TOKEN.encode() in content]
+    files = hub.files(repo_id)
+    assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
+    # Where the run and its data lie is nobody's business.
+    assert not [path for path, content in files.items() if str(run.parent).encode() in content]
+
+
 def test_a_dry_run_writes_the_folder_says_what_would_go_and_asks_nothing(run, repo_id, hub, publish):
     before = len(hub.requests)
     printed = success(publish(run, repo_id, "--dry-run", token=None))
@@ -188,16 +200,14 @@ def test_an_update_replaces_weights_and_code_in_one_commit(run, repo_id, hub, pu
     old = list(hub.repositories[repo_id].commits)
     # As a larger model's, which came in parts and had another module.
     (run / "hub").rename(run / "uploaded")
-    hub.repositories[repo_id].commit(
-        "main",
-        "sharded",
-        first | {"model-00001-of-00002.safetensors": b"x", "old_module.py": b"x", "notes.txt": b"mine"},
-    )
+    replaced = {"model-00001-of-00002.safetensors": b"x", "old_module.py": b"x", "training_args.bin": b"x"}
+    own = {"notes.txt": b"mine", "demo/app.py": b"mine"}
+    hub.repositories[repo_id].commit("main", "sharded", first | replaced | own)
     (run / "baseline.json").write_text('{"name": "bigram", "eval_perplexity": 300.5}')
     success(publish(run, repo_id, "--commit-message", "Compare with a bigram"))
     files = hub.files(repo_id)
-    assert "model-00001-of-00002.safetensors" not in files and "old_module.py" not in files
-    assert files["notes.txt"] == b"mine"
+    assert not replaced.keys() & files.keys()
+    assert own.items() <= files.items()
     assert "300.50" in files["README.md"].decode()
     commits = hub.repositories[repo_id].commits
     assert [commit.title for commit in commits.values()][-1] == "Compare with a bigram"
@@ -296,3 +306,11 @@ def test_the_card_of_a_classifier_holds_code_that_answers(
     process = run_python("-c", CLASSIFIER_CARD_CODE, repo_id, python=bare_python, check=True)
     assert re.search(r"'label': '(entailment|neutral|contradiction)'", process.stdout)
     assert ("text_pair" in process.stdout) == bool(metrics)
+
+
+def test_a_model_whose_output_layer_would_be_lost_is_refused(trained, tmp_path, repo_id, publish):
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for saved in (BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer):
+        saved.save_pretrained(tmp_path / "run")
+    assert "BertForMaskedLM" in refusal(publish(tmp_path / "run", repo_id, "--dry-run"))

@@ -123,8 +123,27 @@ def test_files_of_this_machine_are_no_data_set_or_base_model_of_the_hub(run, tmp
     card = make_card(load_record(run), repo_id="user/name")
     assert card.data.base_model is None and card.data.datasets is None
     assert dict(cells(section(card, "Training")))["data"] == "`pairs.csv`"
+    assert "/home/me" not in content(card)
     (run / "recipe.yaml").write_text("backbone_name_or_path: their/encoder\n")
     assert make_card(load_record(run), repo_id="user/name").data.base_model == "their/encoder"
+
+
+def test_a_baseline_that_is_not_there_yet_counts_as_none(run, tmp_path):
+    (tmp_path / "baselines.yaml").write_text("run: not_trained_yet\n")
+    assert "No baseline was recorded" in section(make_card(load_record(run)), "Evaluation")
+
+
+def test_a_card_says_no_more_of_a_model_than_is_so():
+    for name, words, others in [
+        ("snli_distilbert_linear_seed0", ["linear head"], ["tags:", "attention-free", "2512.19428)", "alone"]),
+        ("snli_distilbert_grassmann_seed0", ["Grassmann-Plücker head"], ["attention-free", "alone"]),
+        ("snli_grassmann_scratch_causal_seed0", ["Causal Grassmann", "attention-free"], ["The context is local"]),
+        ("snli_grassmann_scratch_seed0", ["bidirectional Grassmann"], ["The context is local"]),
+        ("wikitext2_gpt2_6l", ["`gpt2` model", "alone"], ["tags:"]),
+    ]:
+        card = (REPOSITORY / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+        assert all(word in card for word in words), name
+        assert not [word for word in others if word in card], name
 
 
 def test_the_command_writes_the_cards_and_names_a_folder_that_is_no_run(run, tmp_path, capsys):
