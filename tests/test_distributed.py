@@ -61,6 +61,7 @@ with open(os.path.join(folder, f"process_{state.process_index}.json"), "w") as f
 
 # Shards models with PyTorch alone, gives each process half of the rows, and saves loss, gradients and weights.
 SHARDS = """
+import json
 import sys
 
 import torch
@@ -69,10 +70,14 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+import modeling_grassmann
+
 folder = sys.argv[1]
 distributed.init_process_group("gloo")
 mesh = distributed.init_device_mesh("cpu", (2,))
-for name, (model, inputs) in torch.load(f"{folder}/cases.pt", weights_only=False).items():
+for name, inputs in torch.load(f"{folder}/inputs.pt", weights_only=True).items():
+    config = json.load(open(f"{folder}/{name}_model/config.json"))
+    model = getattr(modeling_grassmann, config["architectures"][0]).from_pretrained(f"{folder}/{name}_model")
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
@@ -223,12 +228,14 @@ def test_sharded_models_have_the_loss_the_gradients_and_the_weights_of_whole_one
         "grassmann_head": (make_classifier("grassmann"), pairs),
         "transformer_head": (make_classifier("bert", head_type="transformer"), pairs),
     }
-    torch.save(cases, tmp_path / "cases.pt")
+    for name, (model, _) in cases.items():
+        model.save_pretrained(tmp_path / f"{name}_model")
+    torch.save({name: inputs for name, (_, inputs) in cases.items()}, tmp_path / "inputs.pt")
     (tmp_path / "shards.py").write_text(SHARDS)
     run_python([*LAUNCHERS["torchrun"], tmp_path / "shards.py", tmp_path])
 
     for name, (model, inputs) in cases.items():
-        loss, gradients = torch.load(tmp_path / f"{name}.pt")
+        loss, gradients = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         expected = model(**inputs).loss
         expected.backward()
         torch.testing.assert_close(loss, expected.detach(), msg=name)
@@ -240,7 +247,7 @@ def test_sharded_models_have_the_loss_the_gradients_and_the_weights_of_whole_one
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        model.load_state_dict(torch.load(tmp_path / "merged.pt")["model"])
+        model.load_state_dict(torch.load(tmp_path / "merged.pt", weights_only=True)["model"])
         assert torch.equal(model(**inputs).logits, logits), name
 
 
