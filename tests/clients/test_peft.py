@@ -61,9 +61,15 @@ def assert_all_adapters_count(model, output):
     assert parameters
     for name, parameter in parameters.items():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert_matter(model, output)
+
+
+def assert_matter(model, output):
+    """Without any one of its adapters, `output` gives something else."""
+    expected = output(model)
+    parameters = {name: parameter for name, parameter in trainable(model).items() if "lora_B" in name}
+    assert parameters
     for name, parameter in parameters.items():
-        if "lora_B" not in name:
-            continue
         saved = parameter.detach().clone()
         with torch.no_grad():
             parameter.zero_()
@@ -100,6 +106,16 @@ def test_every_adapter_of_a_classifier_counts(head_type, make_sequence_classifie
     ids = make_ids(4, 12)
     model = adapt(make_sequence_classifier(head_type), "SEQ_CLS")
     assert_all_adapters_count(model, lambda model: model(ids).logits)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_adapters_of_a_transformer_heads_feed_forward_network_count(activation, make_classifier, make_ids):
+    """PyTorch's own fused layer would read the weights and leave the adapters out."""
+    ids = make_ids(4, 12)
+    head = {"head_type": "transformer", "hidden_act": activation, "hidden_dropout": 0.0}
+    model = adapt(make_classifier("bert", **head), "SEQ_CLS", target_modules=["linear1", "linear2"])
+    with torch.no_grad():
+        assert_matter(model, lambda model: model(ids).logits)
 
 
 def test_the_plucker_projection_is_adapted_as_a_parameter(make_model, make_ids):

@@ -1,6 +1,8 @@
 """Our models through the Hub: pushed as any model is, they load where this package is not installed."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,14 @@ print(f"\\n{json.dumps(result)}")
 OFFLINE = """
 result["model"] = works(AutoModelForCausalLM.from_pretrained(lm, trust_remote_code=True))
 result["classifiers"] = classify(classifiers(trust_remote_code=True))
+print(f"\\n{json.dumps(result)}")
+"""
+
+DAMAGED = """
+try:
+    AutoModelForCausalLM.from_pretrained(lm, trust_remote_code=True)
+except OSError as error:
+    result["message"] = str(error)
 print(f"\\n{json.dumps(result)}")
 """
 
@@ -324,6 +334,14 @@ def test_an_older_revision_loads_after_an_update(bare):
 def test_a_cached_model_loads_offline_without_the_package(load, bare, bare_python, hub_home):
     result = load(OFFLINE, python=bare_python, HF_HOME=hub_home, HF_HUB_OFFLINE=1)
     assert result == {"model": True, "classifiers": True, "other": result["other"]}
+
+
+def test_a_damaged_file_in_the_cache_is_named(load, bare, bare_python, hub_home, published, tmp_path):
+    home = shutil.copytree(hub_home, tmp_path / "home", symlinks=True)
+    [weights] = (home / "hub").glob(f"models--{published['lm'].replace('/', '--')}/snapshots/*/model.safetensors")
+    os.truncate(weights, weights.stat().st_size - 10)
+    message = load(DAMAGED, python=bare_python, HF_HOME=home, HF_HUB_OFFLINE=1)["message"]
+    assert f"{weights} is truncated or damaged" in message and "deleted first" in message
 
 
 def test_with_the_package_no_trust_is_needed_and_given_trust_does_no_harm(load):
