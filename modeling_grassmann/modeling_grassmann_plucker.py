@@ -177,6 +177,7 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
         # Fields that were set after the configuration was made, as `from_pretrained` does, have not been checked yet.
         config.validate()
         super().__init__(config)
+        self.num_labels = config.num_labels
         if backbone is None:
             # The type of the head's weights, not the one in which the backbone was once stored.
             # From a folder with its code, Transformers loads configurations and models as different modules.

@@ -86,6 +86,7 @@ def test_a_saved_classifier_loads_with_equal_logits_to_the_bit(
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is GrassmannPluckerForSequenceClassification
     assert not any(info.values()), info
+    assert loaded.num_labels == 3
     assert not loaded.training
     ids, mask = pad_right([make_ids(12, seed=1), make_ids(7, seed=2)])
     assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)

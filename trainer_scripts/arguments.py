@@ -37,7 +37,8 @@ class UserError(Exception):
 
 
 def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: a `UserError` becomes the line `error: ...` on stderr and exit code 2."""
+    """Decorate a script's `main`: a `UserError` becomes the line `error: ...` on stderr and exit code 2, and
+    an interrupt by the keyboard one line and exit code 130."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
@@ -48,6 +49,9 @@ def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print("error:", " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return wrapper
 

@@ -30,6 +30,11 @@ import modeling_grassmann  # noqa: F401  (registers the Grassmann classes with t
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"
 CURVE = "training_curve.png"
+PICTURES = {
+    CURVE: "Training loss and validation metrics by epoch",
+    "confusion_matrix_validation.png": "Confusion matrix of the validation split",
+    "confusion_matrix_test.png": "Confusion matrix of the test split",
+}
 # Name of a split -> what its keys in `metrics.json` start with.
 SPLITS = {"validation": "eval_", "test": "test_"}
 # Fields of a configuration that say what a model is, as far as it has them.
@@ -47,13 +52,15 @@ FACTS = {
     "trainable_parameters": ("trained parameters", "{:,}".format),
     "head_parameters": ("parameters of the head", "{:,}".format),
     "block_size": ("tokens in a block", "{:,}".format),
+    "max_length": ("tokens of a text, at most", "{:,}".format),
     "train_rows": ("training rows", "{:,}".format),
+    "train_unlabelled": ("training rows left out, without a label", "{:,}".format),
     "eval_rows": ("validation rows", "{:,}".format),
     "eval_tokens": ("validation tokens", "{:,}".format),
     "test_rows": ("test rows", "{:,}".format),
     "test_tokens": ("test tokens", "{:,}".format),
     "epoch": ("epochs", "{:g}".format),
-    "best_epoch": ("epoch of the best validation", "{:g}".format),
+    "best_epoch": ("epoch of the weights, the best by validation", "{:g}".format),
     "train_runtime": ("training time (s)", "{:.0f}".format),
     "train_samples_per_second": ("training rows per second", "{:.1f}".format),
     "device": ("hardware", str),
@@ -91,6 +98,15 @@ class Record:
         if "max_length" in self.run.metrics or "SequenceClassification" in names:
             return "text-classification"
         return "feature-extraction"
+
+    def hub_id(self, key: str) -> str | None:
+        """The data set or model that the recipe names under `key`, if it is one of the Hub's."""
+        name, folders = self.recipe.get(key), self.run.metrics.get("folders")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return None
+        # A run records which names were folders. Older ones did not, and took data sets alone from the Hub.
+        is_folder = key in folders if isinstance(folders, list) else key != "dataset_name"
+        return None if is_folder else name
 
     @property
     def config(self) -> PreTrainedConfig | None:
@@ -195,11 +211,16 @@ def evaluation_table(record: Record) -> str:
     header = ["metric", *(f"{split}, `{name}`" if name else split for split, name in columns)]
     lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * len(columns)}"]
     for metric in metrics:
-        name = re.sub("^accuracy_(.*)", r"accuracy on \1", metric)
+        name = escaped(re.sub("^accuracy_(.*)", r"accuracy on \1", metric))
         lines.append(f"| {' | '.join([name, *(shown(metric, values.get(metric)) for values in columns.values())])} |")
     if record.task == "text-generation":
         note += " Perplexity is `exp(summed negative log-likelihood / predicted tokens)` over the whole split."
     return "\n".join([*lines, "", note])
+
+
+def escaped(text: str) -> str:
+    """Text in which Markdown finds nothing to interpret, for the cell of a table."""
+    return re.sub(r"([|*_<>`\\])", r"\\\1", " ".join(text.split()))
 
 
 def eval_results(record: Record) -> list[EvalResult]:
@@ -223,11 +244,6 @@ def eval_results(record: Record) -> list[EvalResult]:
                 )
                 results.append(result)
     return results
-
-
-def is_hub_id(name: Any) -> bool:
-    """Whether a data set or model of that name is one of the Hub's, as far as can be told here."""
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
 
 
 def summary(record: Record) -> str:
@@ -262,9 +278,14 @@ def training(record: Record) -> str:
         f"`{os.path.basename(str(recipe[key]))}`" for key in sorted(recipe) if key.endswith("_file") and recipe[key]
     ]
     rows = [("data", ", ".join(sources) or "not recorded")]
+    if recipe.get("train_file") and not recipe.get("validation_file") and measured(metrics, SPLITS["validation"]):
+        rows.append(("validation", "held out from the training data"))
     if start := recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path"):
         rows.append(("started from", f"`{start}`"))
     for key, (text, show) in FACTS.items():
+        if key == "best_epoch" and not recipe.get("load_best_model_at_end"):
+            # The weights are those of the last one.
+            continue
         value = metrics.get(key) if show is str else record.run.number(key)
         rows += [(text, show(value))] if value is not None else []
     versions = metrics.get("versions")
@@ -284,7 +305,13 @@ def architecture(record: Record) -> str:
         del fields["vocab_size"]
     elif hasattr(config, "backbone_config"):
         fields["backbone"] = config.backbone_config.model_type
-    rows = [f"| `{name}` | `{json.dumps(value)}` |" for name, value in fields.items() if value is not None]
+    if record.saved_config and record.task == "text-classification":
+        fields["classes"] = list(config.id2label.values())
+    rows = [
+        f"| `{name}` | `{json.dumps(value, ensure_ascii=False)}` |"
+        for name, value in fields.items()
+        if value is not None
+    ]
     return "\n".join(["| field | value |", "| --- | --- |", *rows])
 
 
@@ -305,10 +332,14 @@ def limits(record: Record) -> str:
     if eval_results(record):
         lines.append("- One run with one seed stands behind the figures above; other seeds give others.")
     start = record.recipe.get("backbone_name_or_path") or record.recipe.get("model_name_or_path")
-    alone = "the data named above alone"
-    source = f"the data named above, and `{os.path.basename(str(start))}` from others before" if start else alone
-    lines.append(f"- It learned from {source}, and repeats their errors and biases.")
-    lines[-1] += " Nothing was done about harmful content, and nothing was measured beyond the table above."
+    source = "It learned from the data named above alone, and repeats"
+    if start:
+        before = f"starting from `{os.path.basename(str(start))}` and what that had learned"
+        source = f"It learned from the data named above, {before}, and repeats"
+    elif not record.recipe:
+        source = "What it learned from was not recorded; it repeats"
+    beyond = ", and nothing was measured beyond the table above" if eval_results(record) else ""
+    lines.append(f"- {source} the errors and biases of its data. Nothing was done about harmful content{beyond}.")
     return "\n".join(lines)
 
 
@@ -379,16 +410,15 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
     """
     recipe, config = without_folders(record.recipe), record.config
     name = Path(repo_id).name if repo_id else record.run.name
-    start = recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path")
+    dataset = record.hub_id("dataset_name")
     data = ModelCardData(
         model_name=name,
         license=license,
         library_name="transformers",
         pipeline_tag=record.task,
         tags=tags(config),
-        datasets=[recipe["dataset_name"]] if is_hub_id(recipe.get("dataset_name")) else None,
-        # Only where it can be seen that it is no folder.
-        base_model=start if repo_id and is_hub_id(start) else None,
+        datasets=[dataset] if dataset else None,
+        base_model=record.hub_id("backbone_name_or_path") or record.hub_id("model_name_or_path"),
         eval_results=eval_results(record) or None,
     )
     folder = record.run.folder
@@ -397,7 +427,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
     paths = [quote(path) for path in (f"{folder.as_posix()}/recipe.yaml", f"runs/{name}")]
     script = "run_nli.py" if record.task == "text-classification" else "run_clm.py"
     licence = f"The weights: {license}. The modeling code: Apache License 2.0."
-    if start or recipe.get("dataset_name"):
+    if recipe:
         licence += " What they were made from has licences of its own, which its sources state."
     recipe_text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else None
     return ModelCard.from_template(
@@ -411,7 +441,7 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
         command=f"python trainer_scripts/{script} {paths[0]} --output_dir {paths[1]}",
         evaluation=evaluation_table(record),
         training=training(record),
-        curve=CURVE if (record.run.folder / CURVE).is_file() else None,
+        pictures={name: text for name, text in PICTURES.items() if (record.run.folder / name).is_file()},
         recipe=recipe_text,
         architecture=architecture(record),
         limits=limits(record),

@@ -20,10 +20,11 @@ from curves import draw_training_curve
 from hub import HUB_ERRORS, check_token, explain
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from model_card import CURVE, load_record, without_folders, write_card
+from model_card import CURVE, load_record, read_object, without_folders, write_card
 from models import MODEL_ERRORS, check_vocabulary
 from run_records import RecordsParser
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -59,6 +60,12 @@ def load(folder: Path, auto_class: type) -> tuple[PreTrainedModel, PreTrainedTok
     for name, what in (("config.json", "saved model"), ("tokenizer_config.json", "tokenizer")):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: it needs a {what}, as `save_pretrained` writes it")
+    model_type = read_object(folder / "config.json").get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder / 'config.json'} names the model_type {model_type}, which neither Transformers nor this package"
+            " knows"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = AutoConfig.from_pretrained(folder)
@@ -131,10 +138,15 @@ def upload(folder: Path, repo_id: str, message: str, private: bool = False, revi
     try:
         api = HfApi()
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        repo = api.repo_info(repo_id, revision=revision)
+        if private and not repo.private:
+            raise UserError(
+                f"{repo_id} is there already, and public: make it private in its settings, or choose another name"
+            )
         # Not what lies in folders, which patterns would reach.
         replaced = [
             glob.escape(name)
-            for name in api.list_repo_files(repo_id, revision=revision)
+            for name in (file.rfilename for file in repo.siblings)
             if "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in REPLACED)
         ]
         commit = api.upload_folder(
@@ -167,12 +179,16 @@ def main(argv: list[str] | None = None) -> None:
         validate_repo_id(args.repo_id)
     except HUB_ERRORS as error:
         raise explain(error, args.repo_id) from error
+    if "/" not in args.repo_id:
+        raise UserError(f"repo-id {args.repo_id} must be user/name: the model card says where the model lies")
     if not args.dry_run:
         check_token(None)
 
     folder = make_folder(args.run_dir, args.repo_id, args.license, args.baseline)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    print(f"{'Would upload' if args.dry_run else 'Uploading'} {folder} to {args.repo_id}:")
+    if not (args.run_dir / "metrics.json").is_file():
+        print(f"warning: {args.run_dir} holds no metrics.json: the card says that nothing was evaluated")
+    print(f"{'Would upload' if args.dry_run else 'Uploading'} {folder} to {args.repo_id}, licence {args.license}:")
     for path in files:
         print(f"  {path.stat().st_size:>14,}  {path.relative_to(folder)}")
     if not args.dry_run:

@@ -22,7 +22,7 @@ from checkpoints import (
 )
 from curves import draw_training_curve
 from hub import HUB_ERRORS, check_token, explain
-from model_card import CURVE, load_record, write_card
+from model_card import CURVE, REPOSITORY, load_record, write_card
 from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
@@ -254,6 +254,12 @@ def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str,
     return metrics
 
 
+def named_folders(recipe: dict[str, Any]) -> list[str]:
+    """Keys of a recipe whose values could be names on the Hub, and are folders of this machine."""
+    names = {key: recipe.get(key) for key in ("dataset_name", "backbone_name_or_path", "model_name_or_path")}
+    return [key for key, name in names.items() if name and (os.path.exists(name) or (REPOSITORY / name).is_dir())]
+
+
 def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
     """Write `metrics.json`, a picture of the training and the model card, and publish the run if it is to be.
 
@@ -267,6 +273,7 @@ def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
     """
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
+        results["folders"] = named_folders(load_record(folder).recipe)
         results = {**results, **environment(trainer.args), "wall_time_seconds": round(time.time() - start, 1)}
         write_json(folder / "metrics.json", results)
         try:

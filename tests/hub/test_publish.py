@@ -194,6 +194,15 @@ def test_what_is_published_loads_and_writes_by_the_cards_own_code(
     assert torch.equal(theirs, own_logits(run)) and printed.strip()
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(run, repo_id, hub, publish):
+    success(publish(run, repo_id))
+    before = hub.files(repo_id)
+    (run / "metrics.json").write_text("{}")
+    line = refusal(publish(run, repo_id, "--private"))
+    assert repo_id in line and "public" in line
+    assert hub.files(repo_id) == before
+
+
 def test_an_update_replaces_weights_and_code_in_one_commit(run, repo_id, hub, publish):
     success(publish(run, repo_id))
     first = hub.files(repo_id)
@@ -261,6 +270,8 @@ def test_a_folder_that_is_no_complete_model_is_refused(run, repo_id, publish, tm
     assert "nowhere is not a folder" in line
     line = refusal(publish(run, "no/such/name", "--dry-run"))
     assert "no/such/name is not the name of a repository" in line
+    line = refusal(publish(run, "name", "--dry-run"))
+    assert "must be user/name" in line
     weights = run / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
@@ -276,6 +287,11 @@ def test_a_folder_that_is_no_complete_model_is_refused(run, repo_id, publish, tm
     (run / "tokenizer.json").write_text(json.dumps(tokenizer))
     line = refusal(publish(run, repo_id, "--dry-run"))
     assert f"vocab_size={size}" in line and f"{size + 1} tokens" in line
+    config = json.loads((run / "config.json").read_text())
+    for model_type in ("grasman", None):
+        (run / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        line = refusal(publish(run, repo_id, "--dry-run"))
+        assert f"names the model_type {model_type}" in line
     (run / "tokenizer_config.json").unlink()
     line = refusal(publish(run, repo_id, "--dry-run"))
     assert "has no tokenizer_config.json" in line

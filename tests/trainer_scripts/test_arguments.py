@@ -3,7 +3,7 @@ import json
 import pytest
 import run_clm
 import yaml
-from arguments import UserError, local_copy, parse, resolve
+from arguments import UserError, exits_on_user_error, local_copy, parse, resolve
 
 
 RECIPE = {"model_type": "gpt2", "learning_rate": 1e-4, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "do_eval": True}
@@ -118,3 +118,14 @@ def test_local_copies_stand_in_for_exactly_their_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setenv("GRASSMANN_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="GRASSMANN_DATA_DIR"):
         local_copy("openai-community/gpt2")
+
+
+def test_an_interrupt_by_the_keyboard_ends_in_one_line(capsys):
+    @exits_on_user_error
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -124,8 +124,39 @@ def test_files_of_this_machine_are_no_data_set_or_base_model_of_the_hub(run, tmp
     assert card.data.base_model is None and card.data.datasets is None
     assert dict(cells(section(card, "Training")))["data"] == "`pairs.csv`"
     assert "/home/me" not in content(card)
-    (run / "recipe.yaml").write_text("backbone_name_or_path: their/encoder\n")
-    assert make_card(load_record(run), repo_id="user/name").data.base_model == "their/encoder"
+    # Elsewhere, later, the folder is not there, and the run's own word counts.
+    monkeypatch.chdir("/")
+    assert make_card(load_record(run), repo_id="user/name").data.base_model is None
+    metrics = json.loads((run / "metrics.json").read_text())
+    for folders, expected in ((["backbone_name_or_path"], None), ([], "my/encoder")):
+        (run / "metrics.json").write_text(json.dumps(metrics | {"folders": folders}))
+        assert make_card(load_record(run), repo_id="user/name").data.base_model == expected
+    (run / "recipe.yaml").write_text("dataset_name: my/data\n")
+    for folders, expected in ((["dataset_name"], None), ([], ["my/data"])):
+        (run / "metrics.json").write_text(json.dumps(metrics | {"folders": folders}))
+        assert make_card(load_record(run), repo_id="user/name").data.datasets == expected
+
+
+def test_names_of_classes_do_not_break_the_table(run):
+    metrics = {"max_length": 9, "eval_accuracy": 0.5, "eval_accuracy_yes | no *x* <b>\n": 0.25}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    rows = cells(section(make_card(load_record(run)), "Evaluation"))
+    assert rows[-1] == [r"accuracy on yes \| no \*x\* \<b\>", "25.00%"]
+
+
+def test_what_was_not_recorded_or_measured_is_not_claimed(run):
+    assert "the table above" in section(make_card(load_record(run)), "Limits")
+    for name in ("metrics.json", "recipe.yaml"):
+        (run / name).unlink()
+    limits = section(make_card(load_record(run)), "Limits")
+    assert "was not recorded" in limits and "above" not in limits
+
+
+def test_the_epoch_of_the_weights_is_named_only_where_the_best_were_kept(run):
+    assert "epoch of the weights, the best by validation" in section(make_card(load_record(run)), "Training")
+    recipe = (run / "recipe.yaml").read_text().replace("load_best_model_at_end: true", "load_best_model_at_end: false")
+    (run / "recipe.yaml").write_text(recipe)
+    assert "epoch of the weights" not in section(make_card(load_record(run)), "Training")
 
 
 def test_a_baseline_that_is_not_there_yet_counts_as_none(run, tmp_path):
