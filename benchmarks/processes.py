@@ -26,8 +26,13 @@ from transformers import HfArgumentParser
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
 EXACT = {"norm_placement": "pre", "hidden_dropout": 0.0, "embedding_dropout": 0.0}
-LARGE = {"norm_placement": "pre", "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
-LARGE["reduced_size"] = 64
+LARGE = {
+    "norm_placement": "pre",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "intermediate_size": 3072,
+    "reduced_size": 64,
+}
 
 
 @dataclass
@@ -78,17 +83,8 @@ def train(args: ProcessArguments, launcher: list[str], folder: Path, *options: s
         RuntimeError: if it fails.
     """
     script = str(REPOSITORY / "trainer_scripts" / "run_clm.py")
-    command = [
-        *launcher,
-        script,
-        *options,
-        "--output_dir",
-        str(folder),
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "true",
-    ]
+    command = [*launcher, script, *options, "--output_dir", str(folder)]
+    command += ["--report_to", "none", "--disable_tqdm", "true"]
     command += ["--use_cpu"] if args.device == "cpu" else []
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
@@ -119,12 +115,11 @@ def train(args: ProcessArguments, launcher: list[str], folder: Path, *options: s
 def compare(args: ProcessArguments, work: Path) -> dict[str, Any]:
     """The same steps in each way, the second half of FSDP2's again, and evaluations of its model by one process."""
     half = str(args.steps // 2)
-    options = [args.recipe, "--config_overrides", json.dumps(EXACT), "--bf16", "false", "--tf32", "false"]
+    options = [args.recipe, "--config_overrides", json.dumps(EXACT), "--bf16", "false"]
+    options += ["--tf32", "false"] if args.device == "cuda" else []
     options += ["--do_train", "true", "--do_eval", "true", "--do_predict", "false", "--seed", "0"]
     options += ["--max_steps", str(args.steps), "--logging_steps", "1", "--max_eval_samples", str(args.eval_samples)]
     options += ["--eval_strategy", "steps", "--eval_steps", half, "--save_strategy", "steps", "--save_steps", half]
-    if args.device == "cpu":
-        del options[options.index("--tf32") : options.index("--tf32") + 2]
     runs = {}
     for name, launcher in args.launchers.items():
         size = args.batch_size // (1 if name == "one" else args.processes)

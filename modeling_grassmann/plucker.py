@@ -269,7 +269,14 @@ def window_pair_weights(window_size: int, num_heads: int, pair_sharing: str) -> 
     return weights
 
 
-def window_sums_by_window(reduced, direction, pair_weights, real, front: int, eps: float):
+def window_sums_by_window(
+    reduced: torch.Tensor,
+    direction: torch.Tensor,
+    pair_weights: torch.Tensor,
+    real: torch.Tensor,
+    front: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The unit tangents of each token's pairs, summed with their weights, over the windows of which the first starts
     `front` places before the first token. Arguments are those of [`plucker_window_features`].
@@ -291,7 +298,14 @@ def window_sums_by_window(reduced, direction, pair_weights, real, front: int, ep
     return tangents.flatten(1, 2)[:, front : front + length], count  # (B, N, W, H, r) -> (B, T, H, r)
 
 
-def window_sums_by_token(reduced, direction, pair_weights, real, front: int, eps: float):
+def window_sums_by_token(
+    reduced: torch.Tensor,
+    direction: torch.Tensor,
+    pair_weights: torch.Tensor,
+    real: torch.Tensor,
+    front: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[`window_sums_by_window`] with a gather in the place of views, whose shapes hold for every length."""
     length, window_size = reduced.shape[1], pair_weights.shape[-1]
     token = torch.arange(length, device=reduced.device)

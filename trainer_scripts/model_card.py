@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -21,10 +22,9 @@ from arguments import UserError, exits_on_user_error
 from checkpoints import write_atomically
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from run_records import MISSING, RecordsParser, Run, load_run, parse_json, read
+from models import find_folder
+from run_records import MISSING, PREFIXES, RecordsParser, Run, load_run, parse_json, read
 from transformers import AutoConfig, PreTrainedConfig
-
-import modeling_grassmann  # noqa: F401  (registers the Grassmann classes with the Auto classes)
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,8 +35,6 @@ PICTURES = {
     "confusion_matrix_validation.png": "Confusion matrix of the validation split",
     "confusion_matrix_test.png": "Confusion matrix of the test split",
 }
-# Name of a split -> what its keys in `metrics.json` start with.
-SPLITS = {"validation": "eval_", "test": "test_"}
 # Fields of a configuration that say what a model is, as far as it has them.
 ARCHITECTURE = (
     *("model_type", "head_type", "freeze_backbone", "hidden_size", "num_hidden_layers", "intermediate_size"),
@@ -109,6 +107,11 @@ class Record:
         return None if is_folder else name
 
     @property
+    def start(self) -> str | None:
+        """The model that the training started from, if any."""
+        return self.recipe.get("backbone_name_or_path") or self.recipe.get("model_name_or_path")
+
+    @cached_property
     def config(self) -> PreTrainedConfig | None:
         """Configuration of the model, from its file or else from the recipe; None if neither tells it."""
         fields = dict(self.saved_config)
@@ -116,8 +119,7 @@ class Record:
             given = self.recipe.get("config_overrides")
             fields = dict(given) if isinstance(given, dict) else {}
             if name := self.recipe.get("config_name"):
-                path = REPOSITORY / name / "config.json"
-                fields = {**read_object(path), **fields}
+                fields = {**read_object(Path(find_folder(name) or name) / "config.json"), **fields}
             elif self.recipe.get("backbone_name_or_path"):
                 fields["model_type"] = "grassmann_plucker"
             else:
@@ -130,26 +132,34 @@ class Record:
             return None
 
 
-def load_record(folder: Path, baseline: Path | None = None, config: Path | None = None) -> Record:
+def load_record(folder: Path, baseline: Path | None = None) -> Record:
     """Read what a run left.
 
     Args:
         folder: of the run; files that are missing count as empty.
         baseline: folder of the run that it is compared with.
-        config: folder of the configuration, if it is another.
 
     Raises:
         UserError: if a file is not what it should be, or the baseline is no run.
     """
     run = load_run(folder, complete=False)
+    recipe = read_mapping(run.folder / "recipe.yaml")
+    return Record(run, recipe, read_object(run.folder / "config.json"), find_baseline(run, baseline))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Content of a YAML file, empty if there is none.
+
+    Raises:
+        UserError: if it is not a mapping.
+    """
     try:
-        recipe = yaml.safe_load(read(run.folder / "recipe.yaml")) if (run.folder / "recipe.yaml").exists() else {}
+        content = yaml.safe_load(read(path)) if path.is_file() else None
     except yaml.YAMLError as error:
-        raise UserError(f"{run.folder / 'recipe.yaml'} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{run.folder / 'recipe.yaml'} must be a mapping `name: value`")
-    saved_config = read_object((config or run.folder) / "config.json")
-    return Record(run, recipe, saved_config, find_baseline(run, baseline))
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path} must be a mapping `name: value`")
+    return content or {}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -169,9 +179,9 @@ def find_baseline(run: Run, folder: Path | None) -> tuple[str, dict[str, Any]] |
         metrics = read_object(own)
         return str(metrics.pop("name", "baseline")), metrics
     if folder is None and named.is_file():
-        for pattern, name in (yaml.safe_load(read(named)) or {}).items():
-            if fnmatch.fnmatchcase(run.name, pattern):
-                folder = run.folder.parent / name.format(seed=run.metrics.get("seed"))
+        for pattern, name in read_mapping(named).items():
+            if fnmatch.fnmatchcase(run.name, str(pattern)):
+                folder = run.folder.parent / str(name).replace("{seed}", str(run.metrics.get("seed")))
                 break
         # The run may come first.
         folder = folder if folder and (folder / "metrics.json").is_file() else None
@@ -184,6 +194,7 @@ def find_baseline(run: Run, folder: Path | None) -> tuple[str, dict[str, Any]] |
 def measured(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     """Losses, perplexities and accuracies of a split, under their names without its prefix."""
     kinds = ("loss", "perplexity", "accuracy")
+    prefix += "_"
     values = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     return {key: value for key, value in values.items() if key.startswith(kinds) and isinstance(value, (int, float))}
 
@@ -198,14 +209,14 @@ def shown(metric: str, value: float | None) -> str:
 
 def evaluation_table(record: Record) -> str:
     """Markdown table of every metric of the run, beside the baseline's."""
-    columns = {(split, ""): measured(record.run.metrics, prefix) for split, prefix in SPLITS.items()}
+    columns = {(split, ""): measured(record.run.metrics, prefix) for split, prefix in PREFIXES.items()}
     columns = {key: values for key, values in columns.items() if values}
     if not columns:
         return "The model has not been evaluated: the files of its run hold no metric."
     note = "No baseline was recorded for this run."
     if record.baseline:
         name, metrics = record.baseline
-        columns |= {(split, name): measured(metrics, SPLITS[split]) for split, _ in list(columns)}
+        columns |= {(split, name): measured(metrics, PREFIXES[split]) for split, _ in list(columns)}
         note = f"`{name}` is the baseline."
     metrics = sorted({metric for (_, name), values in columns.items() if not name for metric in values})
     header = ["metric", *(f"{split}, `{name}`" if name else split for split, name in columns)]
@@ -227,7 +238,7 @@ def eval_results(record: Record) -> list[EvalResult]:
     """The metrics as the Hub reads them. Infinite and undefined ones, which it refuses, are left out."""
     dataset = str(record.recipe.get("dataset_name") or "local files")
     results = []
-    for split, prefix in SPLITS.items():
+    for split, prefix in PREFIXES.items():
         for metric, value in measured(record.run.metrics, prefix).items():
             if math.isfinite(value):
                 kind, _, part = metric.partition("_")
@@ -260,9 +271,8 @@ def summary(record: Record) -> str:
             " Grassmann manifold through Plücker coordinates (arXiv 2512.19428), at a cost linear in length."
         )
     if config.model_type == "grassmann_plucker":
-        head = {"grassmann": "Grassmann-Plücker head (arXiv 2512.19428)"}.get(
-            config.head_type, config.head_type + " head"
-        )
+        grassmann = config.head_type == "grassmann"
+        head = "Grassmann-Plücker head (arXiv 2512.19428)" if grassmann else f"{config.head_type} head"
         return f"A classifier of texts{size}: an encoder with a {head}."
     return f"A `{config.model_type}` model for {task}{size}."
 
@@ -278,10 +288,10 @@ def training(record: Record) -> str:
         f"`{os.path.basename(str(recipe[key]))}`" for key in sorted(recipe) if key.endswith("_file") and recipe[key]
     ]
     rows = [("data", ", ".join(sources) or "not recorded")]
-    if recipe.get("train_file") and not recipe.get("validation_file") and measured(metrics, SPLITS["validation"]):
+    if recipe.get("train_file") and not recipe.get("validation_file") and measured(metrics, PREFIXES["validation"]):
         rows.append(("validation", "held out from the training data"))
-    if start := recipe.get("backbone_name_or_path") or recipe.get("model_name_or_path"):
-        rows.append(("started from", f"`{start}`"))
+    if record.start:
+        rows.append(("started from", f"`{without_folders(record.start)}`"))
     for key, (text, show) in FACTS.items():
         if key == "best_epoch" and not recipe.get("load_best_model_at_end"):
             # The weights are those of the last one.
@@ -331,10 +341,9 @@ def limits(record: Record) -> str:
         lines.append("- It always answers with one of its classes, also where none applies.")
     if eval_results(record):
         lines.append("- One run with one seed stands behind the figures above; other seeds give others.")
-    start = record.recipe.get("backbone_name_or_path") or record.recipe.get("model_name_or_path")
     source = "It learned from the data named above alone, and repeats"
-    if start:
-        before = f"starting from `{os.path.basename(str(start))}` and what that had learned"
+    if record.start:
+        before = f"starting from `{os.path.basename(str(record.start))}` and what that had learned"
         source = f"It learned from the data named above, {before}, and repeats"
     elif not record.recipe:
         source = "What it learned from was not recorded; it repeats"

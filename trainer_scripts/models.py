@@ -87,16 +87,22 @@ def mapping(argument: str, value: dict | str | None) -> dict | None:
     return value
 
 
+def find_folder(name: str) -> str | None:
+    """The folder of that name, here or in this repository; None if there is none."""
+    if os.path.exists(name):
+        return name
+    in_repository = Path(__file__).parents[1] / name
+    return str(in_repository) if in_repository.is_dir() else None
+
+
 def find(argument: str, name: str) -> str:
     """The folder or Hub id `name`; a folder is also looked for in this repository, so that recipes work anywhere.
 
     Raises:
         UserError: if it can only be a folder, and there is none.
     """
-    if os.path.exists(name):
-        return name
-    if (in_repository := Path(__file__).parents[1] / name).is_dir():
-        return str(in_repository)
+    if (folder := find_folder(name)) is not None:
+        return folder
     first, *rest = name.split("/")
     if first in ("", ".", "..", "~") or len(rest) > 1 or os.path.isdir(first):
         raise UserError(f"{argument}={name}: there is no such folder")

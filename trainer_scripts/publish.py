@@ -10,6 +10,7 @@ the model (so that `trust_remote_code=True` loads it anywhere), recipe, log, met
 import fnmatch
 import glob
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -111,7 +112,8 @@ def make_folder(run_dir: Path, repo_id: str, license: str = "apache-2.0", baseli
             recipe = yaml.safe_dump(without_folders(record.recipe), sort_keys=False, allow_unicode=True)
             write_atomically(partial / "recipe.yaml", recipe)
         # The saved configuration names the modules that were written beside it.
-        write_card(partial, load_record(run_dir, baseline, config=partial), repo_id=repo_id, license=license)
+        record = replace(record, saved_config=read_object(partial / "config.json"))
+        write_card(partial, record, repo_id=repo_id, license=license)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:

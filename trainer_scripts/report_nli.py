@@ -21,6 +21,7 @@ from arguments import UserError, closest, exits_on_user_error
 from run_records import (
     COLOURS,
     MISSING,
+    PREFIXES,
     ReportParser,
     Run,
     check_names,
@@ -39,8 +40,6 @@ from run_records import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Name of a split -> what its keys in `metrics.json` start with.
-PREFIXES = {"validation": "eval", "test": "test"}
 RESAMPLES = 10_000
 PUBLISHED_COLOUR = "0.35"
 # Heights of the picture's rows and of what surrounds each panel, in inches.

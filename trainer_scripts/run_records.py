@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "—"
+# Name of a split -> what its keys in `metrics.json` start with.
+PREFIXES = {"validation": "eval", "test": "test"}
 # Okabe and Ito's palette, which stays readable with any colour vision, without yellow, which is faint on white.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 

@@ -22,7 +22,8 @@ from checkpoints import (
 )
 from curves import draw_training_curve
 from hub import HUB_ERRORS, check_token, explain
-from model_card import CURVE, REPOSITORY, load_record, write_card
+from model_card import CURVE, load_record, read_mapping, write_card
+from models import find_folder
 from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
@@ -256,8 +257,8 @@ def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str,
 
 def named_folders(recipe: dict[str, Any]) -> list[str]:
     """Keys of a recipe whose values could be names on the Hub, and are folders of this machine."""
-    names = {key: recipe.get(key) for key in ("dataset_name", "backbone_name_or_path", "model_name_or_path")}
-    return [key for key, name in names.items() if name and (os.path.exists(name) or (REPOSITORY / name).is_dir())]
+    keys = ("dataset_name", "backbone_name_or_path", "model_name_or_path")
+    return [key for key in keys if recipe.get(key) and find_folder(recipe[key]) is not None]
 
 
 def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
@@ -273,9 +274,9 @@ def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
     """
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        results["folders"] = named_folders(load_record(folder).recipe)
-        results = {**results, **environment(trainer.args), "wall_time_seconds": round(time.time() - start, 1)}
-        write_json(folder / "metrics.json", results)
+        facts = {"folders": named_folders(read_mapping(folder / "recipe.yaml")), **environment(trainer.args)}
+        facts["wall_time_seconds"] = round(time.time() - start, 1)
+        write_json(folder / "metrics.json", {**results, **facts})
         try:
             draw_training_curve(load_run(folder, complete=False), folder / CURVE)
         except UserError as error:

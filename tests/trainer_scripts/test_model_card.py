@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from arguments import UserError
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
 from model_card import load_record, main, make_card, write_card
@@ -162,6 +163,13 @@ def test_the_epoch_of_the_weights_is_named_only_where_the_best_were_kept(run):
 def test_a_baseline_that_is_not_there_yet_counts_as_none(run, tmp_path):
     (tmp_path / "baselines.yaml").write_text("run: not_trained_yet\n")
     assert "No baseline was recorded" in section(make_card(load_record(run)), "Evaluation")
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "just text"])
+def test_a_file_of_baselines_that_is_no_mapping_is_named(content, run, tmp_path):
+    (tmp_path / "baselines.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"baselines\.yaml"):
+        load_record(run)
 
 
 def test_a_card_says_no_more_of_a_model_than_is_so():

@@ -160,3 +160,13 @@ def test_run_on_wikitext(data_dir, tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["eval_tokens"] == metrics["test_tokens"] == 4 * 63
     assert metrics["eval_perplexity"] < 40_000
+
+
+@pytest.mark.parametrize(("name", "content"), [("baseline.json", "{"), ("../baselines.yaml", "- a")])
+def test_what_a_card_cannot_be_made_of_does_not_cost_the_metrics(name, content, tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    run_clm.main([*tiny_run, "--do_train", "--max_steps=1", "--report_to=none", f"--output_dir={folder}"])
+    assert json.loads((folder / "metrics.json").read_text())["folders"] == []
+    assert not (folder / "README.md").exists()
