@@ -21,6 +21,8 @@ MAX_LAYERS = 1024
 MAX_OFFSET = 2**20
 # Each label gets a name.
 MAX_LABELS = 2**20
+# What computes the mixers' features: `plucker.BACKENDS`, which this file does without, so that it needs no PyTorch.
+BACKENDS = ("auto", "naive", "torch", "triton")
 # Ways to make one vector of a row's tokens.
 POOLINGS = ("first", "last", "mean")
 
@@ -103,6 +105,10 @@ class GrassmannConfig(PreTrainedConfig):
             Whether the language-model head shares the embedding matrix.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns its decoding state.
+        mixer_backend (`str`, *optional*, defaults to `"auto"`):
+            What computes the mixers' features: `"triton"` (fused kernels for GPUs), `"torch"` (plain PyTorch),
+            `"naive"` (the reference, slow), or `"auto"`: what the environment variable `GRASSMANN_BACKEND` names, or
+            else the fastest that can serve. All give the same result up to rounding.
         pad_token_id (`int`, *optional*, defaults to 0):
             Id of the padding token; needed to classify batches.
         bos_token_id (`int`, *optional*):
@@ -152,6 +158,7 @@ class GrassmannConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    mixer_backend: str = "auto"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -215,6 +222,8 @@ class GrassmannConfig(PreTrainedConfig):
             raise ValueError(f'`norm_placement` must be "post" or "pre", got {self.norm_placement!r}.')
         if self.classifier_pooling not in (None, *POOLINGS):
             raise ValueError(f"`classifier_pooling` must be one of {POOLINGS}, got {self.classifier_pooling!r}.")
+        if self.mixer_backend not in BACKENDS:
+            raise ValueError(f"`mixer_backend` must be one of {BACKENDS}, got {self.mixer_backend!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
 

@@ -53,6 +53,7 @@ def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer:
         plucker_eps=config.plucker_eps,
         layer_norm_eps=config.layer_norm_eps,
         layer_idx=layer_idx,
+        backend=config.mixer_backend,
     )
 
 

@@ -10,7 +10,7 @@ manifold Gr(2, r). Its Plücker coordinates are the wedge product
 a vector of length :math:`P = r(r-1)/2`, scaled to unit norm. The mixer projects these coordinates back to the hidden
 size, averages them over the offsets and gates them into the hidden state.
 
-[`plucker_features`] computes the projected average in one of two ways that give the same result:
+[`plucker_features`] computes the projected average in one of three ways that give the same result:
 
 - `"naive"` follows the paper line by line: one wedge, one norm and one projection per token *and offset*.
 - `"torch"` is the exact collapse. The wedge is bilinear and all pairs of a token share its first factor. With
@@ -19,8 +19,9 @@ size, averages them over the offsets and gates them into the hidden state.
   :math:`\hat z \wedge \hat y^\perp` and the average over offsets moves inside:
   :math:`\hat z_t \wedge \mathrm{mean}_\Delta\, \hat y^\perp_\Delta`. One wedge and one projection per token are left,
   and the norm of a wedge costs O(r) instead of O(r²).
+- `"triton"` is the collapse in fused GPU kernels, in `plucker_triton.py`.
 
-Two rules hold in both:
+Two rules hold in all:
 
 - **Pairs.** `(t, t - Δ)` is a pair only if both tokens are real and their positions differ by exactly Δ. That one rule
   makes left padding, right padding and packed sequences exact.
@@ -29,10 +30,18 @@ Two rules hold in both:
   counts as a pair. (Dividing by a clamped norm instead turns rounding noise into features of unit size.)
 """
 
+import os
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .plucker_triton import plucker_features_triton, why_not_triton
+
+
+# Names the backend of every mixer that leaves the choice open.
+BACKEND_VARIABLE = "GRASSMANN_BACKEND"
 
 # The position of a token that takes part in no pair, such as padding: it differs from no position by an offset.
 NO_POSITION = -(2**31)
@@ -176,7 +185,40 @@ def plucker_features_collapsed(query, source, weight, bias, offsets, positions, 
     return project_planes(direction, tangent, weight, bias, count > 0)
 
 
-BACKENDS = {"naive": plucker_features_naive, "torch": plucker_features_collapsed}
+BACKENDS = {
+    "naive": plucker_features_naive,
+    "torch": plucker_features_collapsed,
+    "triton": plucker_features_triton,
+}
+
+
+def choose_backend(backend: str, vectors: torch.Tensor) -> str:
+    """
+    The backend that will serve.
+
+    Args:
+        backend (`str`): a key of `BACKENDS`, or `"auto"`: what the environment variable `GRASSMANN_BACKEND` names, or
+            else `"triton"` where it can serve and `"torch"` where it cannot.
+        vectors (`torch.Tensor` of shape `(B, T, H, r)`): the reduced vectors to be mixed.
+
+    Raises:
+        ValueError: for an unknown backend.
+    """
+    asked = backend
+    if asked == "auto":
+        asked = os.environ.get(BACKEND_VARIABLE, "auto")
+    if asked not in ("auto", *BACKENDS):
+        source = "`backend`" if backend != "auto" else f"The environment variable {BACKEND_VARIABLE}"
+        raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {asked!r}.")
+    if asked in ("naive", "torch"):
+        return asked
+    reason = why_not_triton(vectors)
+    if reason is None and (asked == "triton" or vectors.is_cuda):
+        return "triton"
+    # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
+    if asked == "triton" and not torch.compiler.is_compiling():
+        warnings.warn(f'The backend "triton" cannot serve: {reason}. "torch" does instead.', stacklevel=2)
+    return "torch"
 
 
 def plucker_features(
@@ -188,7 +230,7 @@ def plucker_features(
     positions: torch.Tensor | None = None,
     offset_weights: torch.Tensor | None = None,
     eps: float = 1e-3,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> torch.Tensor:
     r"""
     Projected Plücker coordinates of each token's planes, averaged over its offsets (arXiv 2512.19428):
@@ -213,8 +255,9 @@ def plucker_features(
             Factors of the unit planes inside the average.
         eps (`float`, *optional*, defaults to 1e-3):
             Sine of the angle up to which two vectors count as parallel.
-        backend (`str`, *optional*, defaults to `"torch"`):
-            `"torch"` (exact collapse) or `"naive"` (reference).
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"naive"` (reference), `"torch"` (exact collapse), `"triton"` (fused kernels) or `"auto"`: see
+            [`choose_backend`].
 
     Returns:
         `torch.Tensor` of shape `(B, T, d)`.
@@ -222,8 +265,7 @@ def plucker_features(
     Raises:
         ValueError: for an unknown backend, or shapes that do not fit together.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    backend = choose_backend(backend, query)
     num_heads, reduced_size = query.shape[2:]
     if weight.shape[1] != num_heads * num_plucker_coordinates(reduced_size):
         raise ValueError(
@@ -237,6 +279,8 @@ def plucker_features(
         )
     if positions is None:
         positions = torch.arange(source.shape[1], device=source.device)[None]
+    if backend == "triton":
+        return plucker_features_triton(query, source, weight, bias, offsets, positions, offset_weights, eps)
     accurate = torch.promote_types(query.dtype, torch.float32)
     # The geometry stays in float32 under autocast too; only the projection runs in the reduced precision.
     query, source = query.to(accurate), source.to(accurate)
@@ -408,7 +452,7 @@ class PluckerProjection(nn.Module):
         source: torch.Tensor,
         offsets: list[int],
         positions: torch.Tensor | None = None,
-        backend: str = "torch",
+        backend: str = "auto",
     ) -> torch.Tensor:
         return plucker_features(
             query, source, self.weight, self.bias, offsets, positions, self.offset_weights, self.eps, backend
@@ -447,6 +491,7 @@ class PluckerMixer(nn.Module):
         plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): of the LayerNorm.
         layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
+        backend (`str`, *optional*, defaults to `"auto"`): what computes the features, see [`plucker_features`].
 
     Example:
 
@@ -473,6 +518,7 @@ class PluckerMixer(nn.Module):
         plucker_eps: float = 1e-3,
         layer_norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         if reduced_size < 2:
@@ -485,7 +531,7 @@ class PluckerMixer(nn.Module):
         self.num_heads = num_heads
         self.window = max(offsets)
         self.offsets = list(offsets) if is_causal else [sign * offset for offset in offsets for sign in (1, -1)]
-        self.backend = "torch"
+        self.backend = backend
 
         self.reduce = nn.Linear(hidden_size, num_heads * reduced_size)
         self.reduce_past = nn.Linear(hidden_size, num_heads * reduced_size) if separate_past_projection else None
