@@ -37,8 +37,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .plucker_triton import plucker_features_triton, why_not_triton
 
+try:
+    from .plucker_triton import plucker_features_triton, why_not_triton
+except ImportError:
+    plucker_features_triton = None
 
 # Names the backend of every mixer that leaves the choice open.
 BACKEND_VARIABLE = "GRASSMANN_BACKEND"
@@ -102,6 +105,48 @@ def is_pair(positions: torch.Tensor, delta: int, query_length: int) -> torch.Ten
     queries, neighbours = positions[:, length - query_length :], shift(positions, delta, query_length)
     real = (queries != NO_POSITION) & (neighbours != NO_POSITION)
     return real & (queries - neighbours == delta) & (neighbour >= 0) & (neighbour < length)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch_size: int, name: str) -> None:
+    """
+    Raises:
+        ValueError: if these cannot be the boundaries of sequences in one row, as far as shapes tell.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"`{name}` must hold integers, the start of each sequence and the end of the last one, in shape "
+            f"(num_sequences + 1,). Got {cu_seqlens.dtype} in shape {tuple(cu_seqlens.shape)}."
+        )
+    if batch_size != 1:
+        raise ValueError(f"`{name}` needs a batch of one row, in which all sequences lie. Got {batch_size} rows.")
+
+
+def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    Position of each token of a packed row in its sequence.
+
+    Args:
+        cu_seqlens (integer `torch.Tensor` of shape `(num_sequences + 1,)`):
+            Start of each sequence, from 0, and end of the last one. Tokens behind it are one more sequence.
+        length (`int`): of the row.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, length)`.
+    """
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    cu_seqlens = cu_seqlens.long().contiguous()
+    sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+    return (tokens - cu_seqlens[sequence.clamp(min=0)])[None]
+
+
+def separate_sequences(positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """
+    Move the positions `(1, T)` of each sequence of a packed row so far away that it forms no pair with another one.
+    Those of the last one stay, so that decoding may go on from it.
+    """
+    tokens = torch.arange(positions.shape[1], device=positions.device)[None]
+    starts = tokens - positions_from_cu_seqlens(cu_seqlens, positions.shape[1])
+    return positions + (starts - starts[:, -1:]) * 2**32
 
 
 def plucker_features_naive(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
@@ -212,7 +257,7 @@ def choose_backend(backend: str, vectors: torch.Tensor) -> str:
         raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {asked!r}.")
     if asked in ("naive", "torch"):
         return asked
-    reason = why_not_triton(vectors)
+    reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(vectors)
     if reason is None and (asked == "triton" or vectors.is_cuda):
         return "triton"
     # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
@@ -547,6 +592,7 @@ class PluckerMixer(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None = None,
         past_key_values=None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -554,11 +600,19 @@ class PluckerMixer(nn.Module):
             positions (integer `torch.Tensor` of shape `(B, T)`, *optional*): position of each token in its sequence,
                 [`NO_POSITION`] for padding.
             past_key_values (*optional*): a decoding state with an `update` method like that of a Transformers `Cache`;
-                needs `positions`.
+                needs `positions` or `cu_seqlens`.
+            cu_seqlens (integer `torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): where the sequences of a
+                packed row begin, and where the last one ends; needs `B = 1`. No pair crosses a boundary.
 
         Returns:
             `torch.Tensor` of shape `(B, T, d)`.
         """
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, hidden_states.shape[0], "cu_seqlens")
+            if positions is None:
+                positions = positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
+            else:
+                positions = separate_sequences(positions, cu_seqlens)
         query = self.reduce(hidden_states)  # (B, T, H * r)
         source = query if self.reduce_past is None else self.reduce_past(hidden_states)
         if past_key_values is not None:
