@@ -18,7 +18,6 @@ vectors again, so that no tensor with P or |W| r numbers a token ever exists. Su
 same inputs give the same bits.
 """
 
-import math
 import re
 
 import torch
@@ -101,68 +100,85 @@ def tangents_kernel(
 
     # One row a coordinate: the product reads single coordinates of many tokens.
     rows = (head * r + column)[None, :].to(tl.int64) * num_tokens + token[:, None]
-    tl.store(direction + rows, z_hat, mask=in_vector)
-    tl.store(tangent + rows, mean * inverse[:, None], mask=in_vector)
+    dtype = direction.dtype.element_ty
+    tl.store(direction + rows, z_hat.to(dtype), mask=in_vector)
+    tl.store(tangent + rows, (mean * inverse[:, None]).to(dtype), mask=in_vector)
     if head == 0:
         tl.store(inverse_count + token, tl.where(count > 0, inverse, 0.0), mask=real)
 
 
 @triton.jit
-def pack_kernel(
-    weight, packed, hidden_size, padded_size, weight_row,
-    r: tl.constexpr, R_PADDED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Columns `A_ij` of antisymmetric matrices, one row a pair: `(d, H * P)` -> `(H, r / J, r, J, d)`, padded."""
-    block = tl.program_id(0)
-    i = block % R_PADDED
-    j = block // R_PADDED % (R_PADDED // BLOCK_J) * BLOCK_J + tl.arange(0, BLOCK_J)
-    head = block // (R_PADDED * (R_PADDED // BLOCK_J))
+def load_columns(weight, head, i, j, channel, weight_row, hidden_size, r: tl.constexpr):
+    """`A_ij` for pairs `i, j` `(K,)` and channels `(D,)`, zeros for what does not exist: `(K, D)`."""
     first, second = tl.minimum(i, j), tl.maximum(i, j)
     coordinate = head * (r * (r - 1) // 2) + first * (2 * r - first - 1) // 2 + second - first - 1
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    exists = ((second < r) & (i != j))[:, None] & (channel < hidden_size)[None, :]
+    exists = ((second < r) & (first != second))[:, None] & (channel < hidden_size)[None, :]
     w = tl.load(weight + channel[None, :].to(tl.int64) * weight_row + coordinate[:, None], mask=exists, other=0.0)
-    w = tl.where((i < j)[:, None], w, -w)
-    rows = (block * BLOCK_J + tl.arange(0, BLOCK_J)).to(tl.int64)
-    pointers = packed + rows[:, None] * padded_size + channel[None, :]
-    tl.store(pointers, w.to(packed.dtype.element_ty), mask=(channel < padded_size)[None, :])
+    return tl.where((i < j)[:, None], w, -w)
+
+
+@triton.jit
+def pack_kernel(
+    weight, packed, hidden_size, padded_size, weight_row,
+    r: tl.constexpr, R_PADDED: tl.constexpr, CYCLIC: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """
+    Columns `A_ij` as rows of a matrix. `CYCLIC` takes each pair once, as `j = i + s mod r`: `(H, r / 2, R_PADDED, d)`
+    over heads, `s` from 1 and `i`. Otherwise both orders are there: `(H, R_PADDED, R_PADDED, d)` over `j`'s block, `i`
+    and `j` in its block.
+    """
+    slot = tl.arange(0, BLOCK_I)
+    blocks = R_PADDED // BLOCK_I
+    program = tl.program_id(0)
+    if CYCLIC:
+        i = program % blocks * BLOCK_I + slot
+        shift = program // blocks % (r // 2) + 1
+        head = program // (blocks * (r // 2))
+        j = tl.where(i + shift >= r, i + shift - r, i + shift)
+        # Halfway around, each pair would come twice.
+        j = tl.where((i >= r) | ((2 * shift == r) & (2 * i >= r)), r, j)
+    else:
+        i = program % R_PADDED + tl.zeros([BLOCK_I], tl.int32)
+        j = program // R_PADDED % blocks * BLOCK_I + slot
+        head = program // (R_PADDED * blocks)
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    columns = load_columns(weight, head, i, j, channel, weight_row, hidden_size, r)
+    pointers = packed + (program * BLOCK_I + slot).to(tl.int64)[:, None] * padded_size + channel[None, :]
+    tl.store(pointers, columns.to(packed.dtype.element_ty), mask=(channel < padded_size)[None, :])
 
 
 @triton.jit
 def project_kernel(
     direction, tangent, packed, bias, inverse_count, features, num_tokens,
-    hidden_size: tl.constexpr, padded_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden_size: tl.constexpr, padded_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """`Σ A_ij (direction_i tangent_j - direction_j tangent_i)` over the pairs of a cyclic [`pack_kernel`]."""
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     stride = tl.zeros([], tl.int64) + num_tokens
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real = token < num_tokens
     dtype = packed.dtype.element_ty
-    slot = tl.arange(0, BLOCK_J)
+    slot = tl.arange(0, BLOCK_I)
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for head in range(H):
         z_head = direction + head * r * stride + token
         m_head = tangent + head * r * stride + token
-        for block in tl.static_range(R_PADDED // BLOCK_J):
-            j = block * BLOCK_J + slot
-            in_block = real[:, None] & (j < r)[None, :]
-            z_j = tl.load(z_head[:, None] + j[None, :] * stride, mask=in_block, other=0.0)
-            m_j = tl.load(m_head[:, None] + j[None, :] * stride, mask=in_block, other=0.0)
-            rows = (head * (R_PADDED // BLOCK_J) + block) * R_PADDED * BLOCK_J + slot
-            w_pointers = packed + rows.to(tl.int64)[:, None] * padded_size + channel[None, :]
-            # Pairs with i in an earlier block than j: their mirror images are left out, hence both terms.
-            for i in range(block * BLOCK_J):
-                z_i = tl.load(z_head + i * stride, mask=real, other=0.0)
-                m_i = tl.load(m_head + i * stride, mask=real, other=0.0)
-                w = tl.load(w_pointers + i * BLOCK_J * padded_size)
-                planes = z_i[:, None] * m_j - m_i[:, None] * z_j
-                total = tl.dot(planes.to(dtype), w, total, input_precision=PRECISION)
-            # Pairs within the block, together with their mirror images.
-            for i in range(block * BLOCK_J, min((block + 1) * BLOCK_J, r)):
-                z_i = tl.load(z_head + i * stride, mask=real, other=0.0)
-                w = tl.load(w_pointers + i * BLOCK_J * padded_size)
-                total = tl.dot((z_i[:, None] * m_j).to(dtype), w, total, input_precision=PRECISION)
+        for block in tl.static_range(R_PADDED // BLOCK_I):
+            i = block * BLOCK_I + slot
+            mask = real[:, None] & (i < r)[None, :]
+            z_i = tl.load(z_head[:, None] + i[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+            m_i = tl.load(m_head[:, None] + i[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+            for step in range(r // 2):
+                j = i + step + 1
+                j = tl.where(j >= r, j - r, j)
+                z_j = tl.load(z_head[:, None] + j[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+                m_j = tl.load(m_head[:, None] + j[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+                rows = ((head * (r // 2) + step) * R_PADDED + i).to(tl.int64)
+                w = tl.load(packed + rows[:, None] * padded_size + channel[None, :])
+                planes = (z_i * m_j - z_j * m_i).to(dtype)
+                total = tl.dot(planes, w, total, input_precision=PRECISION)
     in_features = real[:, None] & (channel < hidden_size)[None, :]
     if BIAS:
         has_pair = tl.load(inverse_count + token, mask=real, other=0.0) > 0
@@ -175,95 +191,116 @@ def project_kernel(
 @triton.jit
 def project_backward_kernel(
     grad, direction, tangent, packed, grad_direction, grad_tangent, num_tokens,
-    hidden_size: tl.constexpr, padded_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    hidden_size: tl.constexpr, padded_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """With `G_ij = A_ij · grad`: `grad_tangent_j = Σ_i G_ij direction_i`, `grad_direction_j = -Σ_i G_ij tangent_i`."""
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    head = tl.program_id(1) // (R_PADDED // BLOCK_J)
-    block = tl.program_id(1) % (R_PADDED // BLOCK_J)
+    stride = tl.zeros([], tl.int64) + num_tokens
+    head = tl.program_id(1) // (R_PADDED // BLOCK_I)
+    block = tl.program_id(1) % (R_PADDED // BLOCK_I)
     real = token < num_tokens
     channel = tl.arange(0, BLOCK_D)
     grad_pointers = grad + token[:, None] * hidden_size + channel[None, :]
-    slot = tl.arange(0, BLOCK_I * BLOCK_J)
-    rows = tl.program_id(1) * R_PADDED * BLOCK_J + slot
-    w_pointers = packed + rows.to(tl.int64)[:, None] * padded_size + channel[None, :]
-    group = tl.arange(0, BLOCK_I)
-    stride = tl.zeros([], tl.int64) + num_tokens
+    rows = (tl.program_id(1) * R_PADDED * BLOCK_I + tl.arange(0, GROUP * BLOCK_I)).to(tl.int64)
+    w_pointers = packed + rows[None, :] * padded_size + channel[:, None]
     z_head = direction + head * r * stride + token
     m_head = tangent + head * r * stride + token
-    grad_z = tl.zeros([BLOCK, BLOCK_J], tl.float32)
-    grad_m = tl.zeros([BLOCK, BLOCK_J], tl.float32)
-    if ONE_BLOCK:
-        whole = tl.load(grad_pointers, mask=real[:, None] & (channel < hidden_size)[None, :], other=0.0)
-    for start in range(0, R_PADDED, BLOCK_I):
-        if ONE_BLOCK:
-            w = tl.load(w_pointers + start * BLOCK_J * padded_size)
-            forms = tl.dot(whole, tl.trans(w), input_precision=PRECISION)
-        else:
-            forms = tl.zeros([BLOCK, BLOCK_I * BLOCK_J], tl.float32)
-            for first in range(0, padded_size, BLOCK_D):
-                part_mask = real[:, None] & (channel < hidden_size - first)[None, :]
-                part = tl.load(grad_pointers + first, mask=part_mask, other=0.0)
-                w = tl.load(w_pointers + start * BLOCK_J * padded_size + first)
-                forms = tl.dot(part, tl.trans(w), forms, input_precision=PRECISION)
-        i = start + group
-        in_group = real[:, None] & (i < r)[None, :]
-        z_i = tl.load(z_head[:, None] + i[None, :] * stride, mask=in_group, other=0.0)
-        m_i = tl.load(m_head[:, None] + i[None, :] * stride, mask=in_group, other=0.0)
-        forms = tl.reshape(forms, [BLOCK, BLOCK_I, BLOCK_J])
+    grad_z = tl.zeros([BLOCK, BLOCK_I], tl.float32)
+    grad_m = tl.zeros([BLOCK, BLOCK_I], tl.float32)
+    for start in range(0, R_PADDED, GROUP):
+        forms = tl.zeros([BLOCK, GROUP * BLOCK_I], tl.float32)
+        for first in range(0, padded_size, BLOCK_D):
+            inside = (channel < hidden_size - first)[None, :]
+            part = tl.load(grad_pointers + first, mask=real[:, None] & inside, other=0.0)
+            w = tl.load(w_pointers + start * BLOCK_I * padded_size + first)
+            forms = tl.dot(part, w, forms, input_precision=PRECISION)
+        i = start + tl.arange(0, GROUP)
+        mask = real[:, None] & (i < r)[None, :]
+        z_i = tl.load(z_head[:, None] + i[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+        m_i = tl.load(m_head[:, None] + i[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
+        forms = tl.reshape(forms, [BLOCK, GROUP, BLOCK_I])
         grad_m += tl.sum(forms * z_i[:, :, None], axis=1)
         grad_z -= tl.sum(forms * m_i[:, :, None], axis=1)
-    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    in_block = real[:, None] & (j < r)[None, :]
+    j = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = real[:, None] & (j < r)[None, :]
     offsets = (token[:, None] * H + head) * r + j[None, :]
-    tl.store(grad_direction + offsets, grad_z, mask=in_block)
-    tl.store(grad_tangent + offsets, grad_m, mask=in_block)
+    tl.store(grad_direction + offsets, grad_z, mask=mask)
+    tl.store(grad_tangent + offsets, grad_m, mask=mask)
 
 
 @triton.jit
 def weight_backward_kernel(
-    grad, direction, tangent, inverse_count, grad_weight, grad_bias, num_tokens,
-    hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    grad, direction, tangent, inverse_count, sums, bias_sums, num_tokens,
+    hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One split's part of the sum over tokens of `planes gradᵀ`: `(splits, d, H * P)`."""
-    P: tl.constexpr = r * (r - 1) // 2
+    """Products of coordinates and gradient, summed over each split's tokens: `(splits, H * (r / 2) * R_PADDED, d)`."""
+    ROWS: tl.constexpr = H * (r // 2) * R_PADDED
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    exists = row < H * P
-    head = row // P
-    coordinate = row % P
-    # The pair (i, j) that stands at this place in the order of `torch.triu_indices`: float32 is off by one at most.
-    i = ((2 * r - 1 - tl.sqrt(((2 * r - 1) * (2 * r - 1) - 8 * coordinate).to(tl.float32))) / 2).to(tl.int32)
-    i = tl.where(i * (2 * r - i - 1) // 2 > coordinate, i - 1, i)
-    i = tl.where((i + 1) * (2 * r - i - 2) // 2 <= coordinate, i + 1, i)
-    j = coordinate - i * (2 * r - i - 1) // 2 + i + 1
+    i = row % R_PADDED
+    exists = (row < ROWS) & (i < r)
+    j = i + row // R_PADDED % (r // 2) + 1
+    j = tl.where(j >= r, j - r, j)
+    head = row // (R_PADDED * (r // 2))
     i_row = (head * r + i).to(tl.int64)[:, None] * num_tokens
     j_row = (head * r + j).to(tl.int64)[:, None] * num_tokens
 
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_channels = channel < hidden_size
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    total_bias = tl.zeros([BLOCK_D], tl.float32)
+    bias_total = tl.zeros([BLOCK_D], tl.float32)
     for step in range(STEPS):
         token = ((split * STEPS + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         real = token < num_tokens
         known = exists[:, None] & real[None, :]
-        z_i = tl.load(direction + i_row + token[None, :], mask=known, other=0.0)
-        z_j = tl.load(direction + j_row + token[None, :], mask=known, other=0.0)
-        m_i = tl.load(tangent + i_row + token[None, :], mask=known, other=0.0)
-        m_j = tl.load(tangent + j_row + token[None, :], mask=known, other=0.0)
-        in_grad = real[:, None] & (channel < hidden_size)[None, :]
-        part = tl.load(grad + token[:, None] * hidden_size + channel[None, :], mask=in_grad, other=0.0)
-        planes = (z_i * m_j - z_j * m_i).to(part.dtype)
-        total = tl.dot(planes, part, total, input_precision=PRECISION)
-        if BIAS:
+        z_i = tl.load(direction + i_row + token[None, :], mask=known, other=0.0).to(tl.float32)
+        z_j = tl.load(direction + j_row + token[None, :], mask=known, other=0.0).to(tl.float32)
+        m_i = tl.load(tangent + i_row + token[None, :], mask=known, other=0.0).to(tl.float32)
+        m_j = tl.load(tangent + j_row + token[None, :], mask=known, other=0.0).to(tl.float32)
+        pointers = grad + token[:, None] * hidden_size + channel[None, :]
+        part = tl.load(pointers, mask=real[:, None] & in_channels[None, :], other=0.0)
+        total = tl.dot((z_i * m_j - z_j * m_i).to(part.dtype), part, total, input_precision=PRECISION)
+        if BIAS and tl.program_id(0) == 0:
             has_pair = tl.load(inverse_count + token, mask=real, other=0.0) > 0
-            total_bias += tl.sum(tl.where(has_pair[:, None], part.to(tl.float32), 0.0), axis=0)
-    pointers = grad_weight + (split * hidden_size + channel[None, :]).to(tl.int64) * (H * P) + row[:, None]
-    tl.store(pointers, total, mask=exists[:, None] & (channel < hidden_size)[None, :])
+            bias_total += tl.sum(tl.where(has_pair[:, None], part.to(tl.float32), 0.0), axis=0)
+    pointers = sums + (split * ROWS + row).to(tl.int64)[:, None] * hidden_size + channel[None, :]
+    tl.store(pointers, total, mask=(row < ROWS)[:, None] & in_channels[None, :])
     if BIAS and tl.program_id(0) == 0:
-        tl.store(grad_bias + split * hidden_size + channel, total_bias, mask=channel < hidden_size)
+        tl.store(bias_sums + split * hidden_size + channel, bias_total, mask=in_channels)
+
+
+@triton.jit
+def unpack_kernel(
+    sums, grad_weight, num_splits,
+    hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the splits of [`weight_backward_kernel`] into the gradient of the projection: `(d, H * P)`."""
+    P: tl.constexpr = r * (r - 1) // 2
+    ROWS: tl.constexpr = H * (r // 2) * R_PADDED
+    column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    head, coordinate = column // P, column % P
+    # The pair that stands here in the order of `torch.triu_indices`: float32 is off by one at most.
+    i = ((2 * r - 1 - tl.sqrt(((2 * r - 1) * (2 * r - 1) - 8 * coordinate).to(tl.float32))) / 2).to(tl.int32)
+    i = tl.where(i * (2 * r - i - 1) // 2 > coordinate, i - 1, i)
+    i = tl.where((i + 1) * (2 * r - i - 2) // 2 <= coordinate, i + 1, i)
+    j = coordinate - i * (2 * r - i - 1) // 2 + i + 1
+    # More than halfway around, the pair is counted from `j`, with the other sign.
+    ahead = 2 * (j - i) <= r
+    shift = tl.where(ahead, j - i, r - (j - i))
+    row = (head * (r // 2) + shift - 1) * R_PADDED + tl.where(ahead, i, j)
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (column < H * P)[:, None] & (channel < hidden_size)[None, :]
+    split = tl.arange(0, BLOCK_S)
+    rows = (split[:, None] * ROWS + row[None, :]).to(tl.int64)
+    pointers = sums + rows[:, :, None] * hidden_size + channel[None, None, :]
+    total = tl.sum(tl.load(pointers, mask=(split < num_splits)[:, None, None] & mask[None, :, :], other=0.0), axis=0)
+    total = tl.where(ahead[:, None], total, -total).to(grad_weight.dtype.element_ty)
+    tl.store(grad_weight + channel[None, :].to(tl.int64) * (H * P) + column[:, None], total, mask=mask)
 
 
 @triton.jit
@@ -391,17 +428,17 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    grad, logits, hidden_states, features, norm_weight, grad_logits, grad_hidden, grad_features, sums,
-    num_tokens, eps,
+    grad, logits, hidden_states, features, norm_weight, grad_logits, grad_mixed, sums, num_tokens, eps,
     hidden_size: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients but for what goes through the gate's product; `sums` are those of weight and bias and gate bias."""
+    """Gradients of logits and mixture; `sums` of each program for the norm's weight and bias and the gate's bias."""
     channel = tl.arange(0, BLOCK_D)
     in_channels = channel < hidden_size
     w = tl.load(norm_weight + channel, mask=in_channels, other=0.0).to(tl.float32)
-    sum_weight = tl.zeros([BLOCK_D], tl.float32)
-    sum_bias = tl.zeros([BLOCK_D], tl.float32)
-    sum_logits = tl.zeros([BLOCK_D], tl.float32)
+    # Summed over rows at the end: a sum in each step would have the warps wait for each other.
+    weight_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    bias_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    logits_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for step in range(STEPS):
         token = ((tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         in_row = (token < num_tokens)[:, None] & in_channels[None, :]
@@ -411,21 +448,56 @@ def norm_backward_kernel(
         g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
         dy = tl.load(grad + places, mask=in_row, other=0.0).to(tl.float32)
         alpha, normalised, inverse = mix_and_norm(a, h, g, in_row, hidden_size, eps)
-        sum_weight += tl.sum(dy * normalised, axis=0)
-        sum_bias += tl.sum(dy, axis=0)
+        weight_total += dy * normalised
+        bias_total += dy
         dy *= w[None, :]
         mean = tl.sum(dy, axis=1) / hidden_size
         along = tl.sum(dy * normalised, axis=1) / hidden_size
         dy = (dy - mean[:, None] - along[:, None] * normalised) * inverse[:, None]
         da = tl.where(in_row, dy * (h - g) * alpha * (1.0 - alpha), 0.0)
-        sum_logits += tl.sum(da, axis=0)
+        logits_total += da
         tl.store(grad_logits + places, da.to(grad_logits.dtype.element_ty), mask=in_row)
-        tl.store(grad_hidden + places, (dy * alpha).to(grad_hidden.dtype.element_ty), mask=in_row)
-        tl.store(grad_features + places, (dy * (1.0 - alpha)).to(grad_features.dtype.element_ty), mask=in_row)
+        tl.store(grad_mixed + places, dy.to(grad_mixed.dtype.element_ty), mask=in_row)
     row = sums + tl.program_id(0) * 3 * hidden_size + channel
-    tl.store(row, sum_weight, mask=in_channels)
-    tl.store(row + hidden_size, sum_bias, mask=in_channels)
-    tl.store(row + 2 * hidden_size, sum_logits, mask=in_channels)
+    tl.store(row, tl.sum(weight_total, axis=0), mask=in_channels)
+    tl.store(row + hidden_size, tl.sum(bias_total, axis=0), mask=in_channels)
+    tl.store(row + 2 * hidden_size, tl.sum(logits_total, axis=0), mask=in_channels)
+
+
+@triton.jit
+def gate_backward_kernel(
+    grad_logits, grad_mixed, logits, gate_weight, grad_hidden, grad_features, num_tokens,
+    hidden_size: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What reaches `h` and `g`: through the gate's product and directly, `α` and `1 - α` of the mixture's gradient."""
+    COLUMNS: tl.constexpr = (hidden_size + BLOCK_D - 1) // BLOCK_D
+    # Programs that share rows stand side by side, so that these are read from memory once.
+    program = tl.program_id(0)
+    token = (program // (2 * COLUMNS) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    half = program // COLUMNS % 2
+    channel = program % COLUMNS * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = token < num_tokens
+    in_channels = channel < hidden_size
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, hidden_size, BLOCK_K):
+        inside = start + k < hidden_size
+        pointers = grad_logits + token[:, None] * hidden_size + (start + k)[None, :]
+        da = tl.load(pointers, mask=real[:, None] & inside[None, :], other=0.0)
+        pointers = gate_weight + (start + k)[:, None] * (2 * hidden_size) + (half * hidden_size + channel)[None, :]
+        w = tl.load(pointers, mask=inside[:, None] & in_channels[None, :], other=0.0)
+        total = tl.dot(da, w, total, input_precision=PRECISION)
+    places = token[:, None] * hidden_size + channel[None, :]
+    mask = real[:, None] & in_channels[None, :]
+    alpha = tl.sigmoid(tl.load(logits + places, mask=mask, other=0.0).to(tl.float32))
+    mixed = tl.load(grad_mixed + places, mask=mask, other=0.0).to(tl.float32)
+    if half == 0:
+        total += mixed * alpha
+        tl.store(grad_hidden + places, total.to(grad_hidden.dtype.element_ty), mask=mask)
+    else:
+        total += mixed * (1.0 - alpha)
+        tl.store(grad_features + places, total.to(grad_features.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -449,6 +521,7 @@ def gate_norm_kernel(
         for start in range(0, hidden_size, BLOCK_K):
             inside = k < hidden_size - start
             v = tl.load(v_pointers + start, mask=real[:, None] & inside[None, :], other=0.0)
+            v = v.to(gate_weight.dtype.element_ty)
             w = tl.load(w_pointers + start, mask=inside[:, None] & in_channels[None, :], other=0.0)
             total = tl.dot(v, w, total, input_precision=PRECISION)
     total += tl.load(gate_bias + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
@@ -462,54 +535,6 @@ def gate_norm_kernel(
     b = tl.load(norm_bias + channel, mask=in_channels, other=0.0).to(tl.float32)
     result = normalised * w[None, :] + b[None, :]
     tl.store(output + places, result.to(output.dtype.element_ty), mask=in_row)
-
-
-@triton.jit
-def gate_norm_backward_kernel(
-    grad, logits, hidden_states, features, gate_weight, norm_weight, grad_logits, grad_hidden, grad_features, sums,
-    num_tokens, eps, hidden_size: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """[`norm_backward_kernel`] and what goes through the gate's product in one, for rows that fit in one block."""
-    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    real = token < num_tokens
-    in_channels = channel < hidden_size
-    in_row = real[:, None] & in_channels[None, :]
-    places = token[:, None] * hidden_size + channel[None, :]
-    a = tl.load(logits + places, mask=in_row, other=0.0).to(tl.float32)
-    h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
-    g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
-    dy = tl.load(grad + places, mask=in_row, other=0.0).to(tl.float32)
-    alpha, normalised, inverse = mix_and_norm(a, h, g, in_row, hidden_size, eps)
-    row = sums + tl.program_id(0) * 3 * hidden_size + channel
-    tl.store(row, tl.sum(dy * normalised, axis=0), mask=in_channels)
-    tl.store(row + hidden_size, tl.sum(dy, axis=0), mask=in_channels)
-    dy *= tl.load(norm_weight + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
-    mean = tl.sum(dy, axis=1) / hidden_size
-    along = tl.sum(dy * normalised, axis=1) / hidden_size
-    dy = (dy - mean[:, None] - along[:, None] * normalised) * inverse[:, None]
-    da = tl.where(in_row, dy * (h - g) * alpha * (1.0 - alpha), 0.0)
-    tl.store(row + 2 * hidden_size, tl.sum(da, axis=0), mask=in_channels)
-    da = da.to(grad_logits.dtype.element_ty)
-    tl.store(grad_logits + places, da, mask=in_row)
-    # Written and read again block by block: a product needs registers of its own.
-    tl.store(grad_hidden + places, (dy * alpha).to(grad_hidden.dtype.element_ty), mask=in_row)
-    tl.store(grad_features + places, (dy * (1.0 - alpha)).to(grad_features.dtype.element_ty), mask=in_row)
-    tl.debug_barrier()
-    slot = tl.arange(0, BLOCK_N)
-    for half in tl.static_range(2):
-        target = grad_hidden if half == 0 else grad_features
-        for start in range(0, hidden_size, BLOCK_N):
-            column = start + slot
-            inside = column < hidden_size
-            w_pointers = gate_weight + channel[:, None] * (2 * hidden_size) + (half * hidden_size + column)[None, :]
-            w = tl.load(w_pointers, mask=in_channels[:, None] & inside[None, :], other=0.0)
-            through_gate = tl.dot(da, w, input_precision=PRECISION)
-            pointers = target + token[:, None] * hidden_size + column[None, :]
-            mask = real[:, None] & inside[None, :]
-            direct = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            tl.store(pointers, (direct + through_gate).to(target.dtype.element_ty), mask=mask)
 
 
 def why_not_triton(vectors: torch.Tensor) -> str | None:
@@ -554,17 +579,24 @@ def steps_per_program(num_tokens: int, block: int, programs: int) -> int:
 
 
 def pair_block(reduced_size: int) -> int:
-    """Coordinates in a block of the antisymmetric matrices."""
+    """Coordinates in a block of pairs."""
     return 16 if reduced_size <= 16 else 32
 
 
-def make_tangents(query, source, positions, offset_weights, offsets, eps):
-    """Launch [`tangents_kernel`]: direction and tangent `(H, r, B * T)`, and one over the number of pairs `(B * T,)`."""
+def is_small(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` need blocks of less shared memory than half precisions do on a data-centre GPU."""
+    if dtype == torch.float32 or not tensor.is_cuda:
+        return True
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin < 200 * 1024
+
+
+def make_tangents(query, source, positions, offset_weights, offsets, eps, dtype):
+    """Launch [`tangents_kernel`]: direction and tangent `(H, r, B * T)`, and one over the numbers of pairs."""
     batch, length, num_heads, r = query.shape
-    direction, tangent = query.new_empty(2, num_heads, r, batch * length, dtype=torch.float32).unbind(0)
+    direction, tangent = query.new_empty(2, num_heads, r, batch * length, dtype=dtype).unbind(0)
     inverse_count = query.new_empty(batch * length, dtype=torch.float32)
     block_r = triton.next_power_of_2(r)
-    block = max(16, min(128, 4096 // block_r))
+    block = max(16, 1024 // block_r)
     tangents_kernel[(ceil_div(batch * length, block), num_heads)](
         query, source, positions, offset_weights, direction, tangent, inverse_count,
         batch * length, length, source.shape[1], eps,
@@ -575,14 +607,15 @@ def make_tangents(query, source, positions, offset_weights, offsets, eps):
     return direction, tangent, inverse_count
 
 
-def pack_weight(weight, num_heads, r, dtype):
-    """Launch [`pack_kernel`]: the antisymmetric matrices, `(H * (r / J) * r * J, d)` with `r` and `d` padded."""
-    hidden_size, block_j, block_d = weight.shape[0], pair_block(r), channel_block(weight.shape[0])
-    r_padded, padded_size = ceil_div(r, block_j) * block_j, ceil_div(hidden_size, block_d) * block_d
-    packed = weight.new_empty(num_heads * r_padded * r_padded, padded_size, dtype=dtype)
-    pack_kernel[(packed.shape[0] // block_j, ceil_div(padded_size, block_d))](
+def pack_weight(weight, num_heads, r, dtype, cyclic):
+    """Launch [`pack_kernel`]; `r` and `d` are padded to whole blocks."""
+    hidden_size, block_i, block_d = weight.shape[0], pair_block(r), channel_block(weight.shape[0])
+    r_padded, padded_size = ceil_div(r, block_i) * block_i, ceil_div(hidden_size, block_d) * block_d
+    packed = weight.new_empty(num_heads * (r // 2 if cyclic else r_padded) * r_padded, padded_size, dtype=dtype)
+    block_d = min(64, block_d)
+    pack_kernel[(packed.shape[0] // block_i, padded_size // block_d)](
         weight, packed, hidden_size, padded_size, weight.stride(0),
-        r=r, R_PADDED=r_padded, BLOCK_J=block_j, BLOCK_D=block_d,
+        r=r, R_PADDED=r_padded, CYCLIC=cyclic, BLOCK_I=block_i, BLOCK_D=block_d,
     )  # fmt: skip
     return packed
 
@@ -613,17 +646,18 @@ def plucker_features_op(
     query, source, weight = unit_stride(query), unit_stride(query if source is None else source), unit_stride(weight)
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
-    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps)
-    packed = pack_weight(weight, num_heads, r, dtype)
-    block, block_d = block_of(num_tokens, 128), channel_block(hidden_size)
+    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
+    packed = pack_weight(weight, num_heads, r, dtype, cyclic=True)
+    block_i, block_d = pair_block(r), channel_block(hidden_size)
+    r_padded, block = ceil_div(r, block_i) * block_i, block_of(num_tokens, 64)
     if num_tokens <= 64:
         # Few tokens, as in decoding: more programs with less to do each.
         block_d = min(block_d, 32)
-    project_kernel[(ceil_div(num_tokens, block), ceil_div(hidden_size, block_d))](
+    project_kernel[(ceil_div(num_tokens, block), packed.shape[1] // block_d)](
         direction, tangent, packed, bias, inverse_count, features, num_tokens,
-        hidden_size=hidden_size, padded_size=packed.shape[1], H=num_heads, r=r, R_PADDED=math.isqrt(packed.shape[0] // num_heads), BIAS=bias is not None,
-        PRECISION=dot_precision(dtype), BLOCK=block, BLOCK_J=pair_block(r), BLOCK_D=block_d,
-        num_warps=8 if block * block_d >= 128 * 128 else 4, num_stages=3,
+        hidden_size=hidden_size, padded_size=packed.shape[1], H=num_heads, r=r, R_PADDED=r_padded,
+        BIAS=bias is not None, PRECISION=dot_precision(dtype), BLOCK=block, BLOCK_I=block_i, BLOCK_D=block_d,
+        num_warps=4, num_stages=2 if is_small(query, dtype) else 3,
     )  # fmt: skip
     return features
 
@@ -662,52 +696,57 @@ def plucker_features_backward_op(
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     precision = dot_precision(dtype)
-    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps)
-    packed = pack_weight(weight, num_heads, r, dtype)
+    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
+    small, block_i, block_d = is_small(query, dtype), pair_block(r), channel_block(hidden_size)
+    r_padded = ceil_div(r, block_i) * block_i
 
-    block_j, block_d = pair_block(r), channel_block(hidden_size)
-    r_padded = math.isqrt(packed.shape[0] // num_heads)
-    one_block = block_d >= hidden_size
+    packed = pack_weight(weight, num_heads, r, dtype, cyclic=False)
     grad_direction, grad_tangent = query.new_empty(2, num_tokens, num_heads, r, dtype=torch.float32).unbind(0)
-    block = block_of(num_tokens, 64)
-    project_backward_kernel[(ceil_div(num_tokens, block), num_heads * (r_padded // block_j))](
+    block = block_of(num_tokens, 64 if small else 128)
+    project_backward_kernel[(ceil_div(num_tokens, block), num_heads * (r_padded // block_i))](
         grad, direction, tangent, packed, grad_direction, grad_tangent, num_tokens,
         hidden_size=hidden_size, padded_size=packed.shape[1], H=num_heads, r=r, R_PADDED=r_padded, PRECISION=precision,
-        BLOCK=block, BLOCK_I=64 // block_j, BLOCK_J=block_j, BLOCK_D=block_d if one_block else 64, ONE_BLOCK=one_block,
-        num_warps=4, num_stages=2,
+        BLOCK=block, GROUP=128 // block_i if small else 256 // block_i, BLOCK_I=block_i, BLOCK_D=min(64, block_d),
+        num_warps=8, num_stages=2 if small else 3,
     )  # fmt: skip
 
     if with_weight:
-        block_p, block = block_of(num_planes, 128), 64
-        programs = ceil_div(num_planes, block_p) * ceil_div(hidden_size, block_d)
-        steps = steps_per_program(num_tokens, block, 256 // programs)
+        rows = num_heads * (r // 2) * r_padded
+        block_p, block = block_of(rows, 64 if small else 128), 32 if small else 64
+        blocks = (ceil_div(rows, block_p), ceil_div(hidden_size, block_d))
+        steps = steps_per_program(num_tokens, block, 132 // (blocks[0] * blocks[1]))
         splits = ceil_div(num_tokens, steps * block)
-        partial_weight = query.new_empty(splits, hidden_size, num_planes, dtype=torch.float32)
-        partial_bias = query.new_empty(splits, hidden_size, dtype=torch.float32)
-        weight_backward_kernel[(ceil_div(num_planes, block_p), ceil_div(hidden_size, block_d), splits)](
-            grad, direction, tangent, inverse_count, partial_weight, partial_bias,
-            num_tokens, hidden_size=hidden_size, H=num_heads, r=r, BIAS=bias is not None, PRECISION=precision,
+        sums = query.new_empty(splits, rows, hidden_size, dtype=torch.float32)
+        bias_sums = query.new_empty(splits, hidden_size, dtype=torch.float32)
+        weight_backward_kernel[(*blocks, splits)](
+            grad, direction, tangent, inverse_count, sums, bias_sums, num_tokens,
+            hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded, BIAS=bias is not None, PRECISION=precision,
             STEPS=steps, BLOCK=block, BLOCK_P=block_p, BLOCK_D=block_d,
-            num_warps=8 if block_p * block_d >= 128 * 128 else 4, num_stages=2,
+            num_warps=8, num_stages=2 if small else 3,
         )  # fmt: skip
-        grad_weight.copy_(partial_weight.sum(0))
+        unpack_kernel[(ceil_div(num_planes, 4), ceil_div(hidden_size, 64))](
+            sums, grad_weight, splits, hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=4, BLOCK_D=64,
+        )  # fmt: skip
         if bias is not None:
-            grad_bias.copy_(partial_bias.sum(0))
+            grad_bias.copy_(bias_sums.sum(0))
 
     block_r = triton.next_power_of_2(r)
-    block = max(16, min(64, 2048 // block_r))
+    block = max(16, 1024 // block_r)
     num_places = batch * source.shape[1]
     blocks = ceil_div(num_places, block)
-    sums = query.new_empty(blocks, num_heads, len(offsets) if offset_weights is not None else 0, dtype=torch.float32)
+    weight_sums = query.new_empty(
+        blocks, num_heads, len(offsets) if offset_weights is not None else 0, dtype=torch.float32
+    )
     tangents_backward_kernel[(blocks, num_heads)](
         query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
-        grad_query, grad_source, sums, num_places, length, source.shape[1], eps,
+        grad_query, grad_source, weight_sums, num_places, length, source.shape[1], eps,
         *query.stride()[:3], *source.stride()[:3], *positions.stride(),
         H=num_heads, r=r, OFFSETS=tuple(offsets), NO_POSITION=NO_POSITION, WEIGHTED=offset_weights is not None,
         SHARED=shared, BLOCK=block, BLOCK_R=block_r,
     )  # fmt: skip
     if offset_weights is not None:
-        grad_offset_weights.copy_(sums.sum(0))
+        grad_offset_weights.copy_(weight_sums.sum(0))
     return grad_query, grad_source, grad_weight, grad_bias, grad_offset_weights
 
 
@@ -753,3 +792,153 @@ def plucker_features_triton(query, source, weight, bias, offsets, positions, off
         dtype = torch.get_autocast_dtype(query.device.type)
     source = None if source is query else source
     return plucker_features_op(query, source, weight, bias, offset_weights, positions, list(offsets), eps, dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_norm", mutates_args=())
+def gated_norm_op(
+    hidden_states: torch.Tensor,
+    features: torch.Tensor,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`gated_norm_triton`] with its product in `dtype`, and the gate's logits, from which the backward starts."""
+    hidden_states, features = hidden_states.contiguous(), features.contiguous()
+    hidden_size = hidden_states.shape[-1]
+    num_tokens = hidden_states.numel() // hidden_size
+    output = hidden_states.new_empty(hidden_states.shape, dtype=output_dtype)
+    logits = hidden_states.new_empty(hidden_states.shape, dtype=dtype)
+    if num_tokens == 0:
+        return output, logits
+    gate_weight = gate_weight.to(dtype).contiguous()
+    block_d = triton.next_power_of_2(hidden_size)
+    if hidden_size <= 256:
+        # Whole rows fit in a block of a product.
+        block_d, block = max(16, block_d), block_of(num_tokens, 64)
+        gate_norm_kernel[(ceil_div(num_tokens, block),)](
+            hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, logits, output,
+            num_tokens, eps, hidden_size=hidden_size, PRECISION=dot_precision(dtype),
+            BLOCK=block, BLOCK_K=min(32, block_d), BLOCK_D=block_d, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        return output, logits
+    # (B, T, d) -> (B * T, d)
+    rows, mixed = (x.to(dtype).view(num_tokens, hidden_size) for x in (hidden_states, features))
+    flat = logits.view(num_tokens, hidden_size)
+    torch.addmm(gate_bias.to(dtype), rows, gate_weight[:, :hidden_size].t(), out=flat)
+    flat.addmm_(mixed, gate_weight[:, hidden_size:].t())
+    block = max(1, 4096 // block_d)
+    norm_kernel[(ceil_div(num_tokens, block),)](
+        logits, hidden_states, features, norm_weight, norm_bias, output,
+        num_tokens, eps, hidden_size=hidden_size, BLOCK=block, BLOCK_D=block_d,
+    )  # fmt: skip
+    return output, logits
+
+
+@gated_norm_op.register_fake
+def _(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, dtype, output_dtype):
+    shape = hidden_states.shape
+    return hidden_states.new_empty(shape, dtype=output_dtype), hidden_states.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_norm_backward", mutates_args=())
+def gated_norm_backward_op(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    features: torch.Tensor,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    with_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the six first arguments of [`gated_norm_op`], that of the gate's weight if `with_weight`."""
+    grads = make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight)
+    if hidden_states.numel() == 0:
+        return tuple(gradient.zero_() for gradient in grads)
+    grad_hidden, grad_features, grad_gate_weight, grad_gate_bias, grad_norm_weight, grad_norm_bias = grads
+    grad, hidden_states, features = grad.contiguous(), hidden_states.contiguous(), features.contiguous()
+    hidden_size, dtype = hidden_states.shape[-1], logits.dtype
+    num_tokens = hidden_states.numel() // hidden_size
+    gate_weight = gate_weight.to(dtype).contiguous()
+    grad_logits, grad_mixed = torch.empty_like(logits), torch.empty_like(logits)
+    block_d = triton.next_power_of_2(hidden_size)
+    block = max(1, 1024 // block_d)
+    steps = steps_per_program(num_tokens, block, 1056)
+    sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
+    norm_backward_kernel[(sums.shape[0],)](
+        grad, logits, hidden_states, features, norm_weight, grad_logits, grad_mixed, sums,
+        num_tokens, eps, hidden_size=hidden_size, STEPS=steps, BLOCK=block, BLOCK_D=block_d,
+    )  # fmt: skip
+    block, block_d = block_of(num_tokens, 128), block_of(hidden_size, 128)
+    gate_backward_kernel[(ceil_div(num_tokens, block) * 2 * ceil_div(hidden_size, block_d),)](
+        grad_logits, grad_mixed, logits, gate_weight, grad_hidden, grad_features, num_tokens,
+        hidden_size=hidden_size, PRECISION=dot_precision(dtype),
+        BLOCK=block, BLOCK_K=min(64, block_d), BLOCK_D=block_d,
+        num_warps=8, num_stages=2 if is_small(grad, dtype) else 3,
+    )  # fmt: skip
+    if with_weight:
+        flat = grad_logits.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+        both = flat.new_empty(hidden_size, 2 * hidden_size)
+        for values, part in ((hidden_states, slice(hidden_size)), (features, slice(hidden_size, None))):
+            torch.mm(flat.t(), values.to(dtype).view(num_tokens, hidden_size), out=both[:, part])
+        grad_gate_weight.copy_(both)
+    for target, total in zip((grad_norm_weight, grad_norm_bias, grad_gate_bias), sums.sum(0)):
+        target.copy_(total)
+    return grad_hidden, grad_features, grad_gate_weight, grad_gate_bias, grad_norm_weight, grad_norm_bias
+
+
+def make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight):
+    """Empty tensors for the gradients, that of the gate's weight without elements if it is not asked for."""
+    gate = gate_weight.new_empty(gate_weight.shape) if with_weight else gate_weight.new_empty(0)
+    rest = (gate_bias, norm_weight, norm_bias)
+    return (
+        *(x.new_empty(x.shape) for x in (hidden_states, features)),
+        gate,
+        *(x.new_empty(x.shape) for x in rest),
+    )
+
+
+@gated_norm_backward_op.register_fake
+def _(grad, logits, hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, with_weight):
+    return make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight)
+
+
+def save_for_norm_backward(ctx, inputs, output):
+    *tensors, ctx.eps, _, _ = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def norm_backward(ctx, grad, _):
+    grads = gated_norm_backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[2])
+    return *(gradient if need else None for gradient, need in zip(grads, ctx.needs_input_grad)), None, None, None
+
+
+gated_norm_op.register_autograd(norm_backward, setup_context=save_for_norm_backward)
+
+
+def gated_norm_triton(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps) -> torch.Tensor:
+    """
+    `LayerNorm(α h + (1 - α) g)` with `α = σ(W_gate [h; g] + b)`: the mixer after [`plucker_features_triton`].
+
+    Args:
+        hidden_states, features (`torch.Tensor` of shape `(B, T, d)`): `h` and `g`.
+        gate_weight (`torch.Tensor` of shape `(d, 2 d)`), gate_bias (`torch.Tensor` of shape `(d,)`): of the gate.
+        norm_weight, norm_bias (`torch.Tensor` of shape `(d,)`), eps (`float`): of the LayerNorm.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, d)`; float32 under autocast, as a LayerNorm's output is there.
+    """
+    dtype = output_dtype = torch.promote_types(hidden_states.dtype, gate_weight.dtype)
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype, output_dtype = torch.get_autocast_dtype(hidden_states.device.type), torch.float32
+    output, _ = gated_norm_op(
+        hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, dtype, output_dtype
+    )
+    return output
