@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -24,7 +25,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers the decoding state with Transformers' caches)
 from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
-from .plucker import NO_POSITION, PluckerMixer, PluckerProjection
+from .loss_grassmann import fused_causal_lm_loss, register_with_liger
+from .plucker import (
+    NO_POSITION,
+    PluckerMixer,
+    PluckerProjection,
+    check_cu_seqlens,
+    positions_from_cu_seqlens,
+    separate_sequences,
+)
 
 
 class GrassmannMLP(nn.Module):
@@ -250,9 +259,17 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 f"those in `past_key_values`. Got shape {tuple(attention_mask.shape)}."
             )
 
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch_size, "cu_seq_lens_q")
+            cu_seqlens = cu_seqlens.to(inputs_embeds.device)
+
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if position_ids is None and cu_seqlens is not None:
+            position_ids = positions_from_cu_seqlens(cu_seqlens, length)
+            self.check_length(kwargs.get("max_length_q") or 0, position_ids)
+        elif position_ids is None:
             position_ids = self.derive_position_ids(attention_mask, past_key_values, length, inputs_embeds.device)
 
         hidden_states = inputs_embeds
@@ -263,6 +280,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
 
         positions = position_ids.expand(batch_size, length)
+        if cu_seqlens is not None:
+            positions = separate_sequences(positions, cu_seqlens)
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
         for layer in self.layers:
@@ -277,9 +296,13 @@ class GrassmannModel(GrassmannPreTrainedModel):
 @auto_docstring
 class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Whether training computes the loss without logits. Of a run and not of a checkpoint, so no configuration field.
+    fused_loss = False
 
     def __init__(self, config: GrassmannConfig):
         super().__init__(config)
+        # Now and not on import: Liger looks for GPUs then, which no process may have done that forks others for them.
+        register_with_liger()
         if not config.is_causal:
             raise ValueError("`is_causal` must be True in a causal language model, got False.")
         self.model = GrassmannModel(config)
@@ -316,11 +339,16 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, -100 where there is no loss. They are shifted inside the model.
+        skip_logits (`bool`, *optional*):
+            Whether to compute the loss without logits, which are `None` then: in less memory, by Liger's kernels on a
+            GPU and by PyTorch elsewhere. By default so in training with labels, if the attribute `fused_loss` of the
+            model is True.
 
         Example:
 
@@ -332,6 +360,19 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         >>> model(torch.tensor([[7592, 2088]])).logits.shape
         torch.Size([1, 2, 30522])
         ```"""
+        # All tokens have a loss, or none.
+        can_skip = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        can_skip = can_skip and (labels is not None or kwargs.get("shift_labels") is not None)
+        if skip_logits and not can_skip:
+            raise ValueError("`skip_logits=True` leaves the loss alone: it needs `labels`, and no `logits_to_keep`.")
+        if skip_logits is None:
+            skip_logits = self.fused_loss and self.training and can_skip
+        if skip_logits and self.loss_function is not ForCausalLMLoss:
+            raise ValueError(
+                "The fused loss is that of Transformers, but `loss_function` of this model is another one. Leave "
+                "`fused_loss` and `skip_logits` at False."
+            )
+
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -342,12 +383,14 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if skip_logits:
+            loss = fused_causal_lm_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
         return CausalLMOutputWithPast(
             loss=loss,

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 
 try:
-    from .plucker_triton import plucker_features_triton, why_not_triton
+    from .plucker_triton import plucker_features_triton, plucker_mixer_triton, why_not_triton
 except ImportError:
     plucker_features_triton = None
 
@@ -61,24 +61,44 @@ def wedge(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return z[..., i] * y[..., j] - z[..., j] * y[..., i]
 
 
-def antisymmetric_matrices(weight: torch.Tensor, num_heads: int, reduced_size: int) -> torch.Tensor:
+def halves(vectors: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Rewrite a projection of Plücker coordinates as bilinear forms: `A[i, j] = w_ij = -A[j, i]`, so that
-    `zᵀ A y = Σ_{i<j} w_ij (z ∧ y)_ij`. Only this small tensor is indexed, so that no gather, whose backward is a
-    scatter-add, runs over tokens.
-
-    Args:
-        weight (`torch.Tensor` of shape `(hidden_size, num_heads * P)`): the projection.
-
-    Returns:
-        `torch.Tensor` of shape `(hidden_size, num_heads * r * r)`.
+    Split the `r` entries of dimension 1 in two halves, these again, and so on to single entries: `(H, r, n)` -> a pair
+    of `(H, G, s, n)` for each of about log2(r) levels, the first and the second halves of its `G` groups. Any two
+    entries are on different sides exactly once, so that views alone find all pairs. Odd groups get one zero more.
     """
-    i, j = torch.triu_indices(reduced_size, reduced_size, offset=1, device=weight.device)
-    weight = weight.unflatten(-1, (num_heads, -1))  # (d, H, P)
-    matrices = weight.new_zeros(*weight.shape[:-1], reduced_size, reduced_size)  # (d, H, r, r)
-    matrices[..., i, j] = weight
-    matrices[..., j, i] = -weight
-    return matrices.flatten(1)  # (d, H * r * r)
+    levels, groups = [], vectors[:, None]
+    while groups.shape[2] > 1:
+        if groups.shape[2] % 2 == 1:
+            groups = F.pad(groups, (0, 0, 0, 1))
+        groups = groups.unflatten(2, (2, -1))  # (H, G, 2, s, n)
+        levels.append(groups.unbind(2))
+        groups = groups.flatten(1, 2)  # (H, 2G, s, n)
+    return levels
+
+
+def wedge_of_halves(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """
+    [`wedge`] in another order, that of [`halves`], and with zeros for entries that are none: `(H, r, n)` ->
+    `(H, Q, n)`. No gather, whose backward is a scatter-add, runs over the `n` tokens, which stay contiguous.
+    """
+    levels = [
+        z_i[:, :, :, None] * y_j[:, :, None] - y_i[:, :, :, None] * z_j[:, :, None]  # (H, G, s, s, n)
+        for (z_i, z_j), (y_i, y_j) in zip(halves(z), halves(y))
+    ]
+    return torch.cat([level.flatten(1, 3) for level in levels], dim=1)
+
+
+def columns_of_halves(weight: torch.Tensor, num_heads: int, reduced_size: int) -> torch.Tensor:
+    """Columns of a projection of [`wedge`] in the order of [`wedge_of_halves`]: `(d, H * P)` -> `(d, H * Q)`."""
+    index = torch.arange(reduced_size, device=weight.device)
+    # The place of (i, j) in `torch.triu_indices`. Any will do where there is no such entry and the coordinate is zero.
+    levels = [
+        (i * (2 * reduced_size - 1 - i) // 2 - i - 1)[:, :, :, None] + j[:, :, None]  # (1, G, s, s, 1)
+        for i, j in halves(index[None, :, None])
+    ]
+    columns = torch.cat([level.flatten() for level in levels]).clamp(min=0)
+    return weight.unflatten(-1, (num_heads, -1))[..., columns].flatten(1)  # (d, H, Q) -> (d, H * Q)
 
 
 def shift(source: torch.Tensor, delta: int, query_length: int) -> torch.Tensor:
@@ -134,7 +154,7 @@ def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Te
         `torch.LongTensor` of shape `(1, length)`.
     """
     tokens = torch.arange(length, device=cu_seqlens.device)
-    cu_seqlens = cu_seqlens.long().contiguous()
+    cu_seqlens = cu_seqlens.long()
     sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
     return (tokens - cu_seqlens[sequence.clamp(min=0)])[None]
 
@@ -168,9 +188,13 @@ def plucker_features_naive(query, source, weight, bias, offsets, positions, offs
     return total / count.clamp(min=1)
 
 
-def unit(vectors: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
-    """Scale `(..., r)` to unit norm where `nonzero` `(..., 1)`, and to exact zeros with zero gradients elsewhere."""
+def unit(vectors: torch.Tensor, above: torch.Tensor | float = 0.0, where: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Scale `(..., r)` to unit norm `where` the squared norm is `above` a bound, both `(..., 1)`, and to exact zeros with
+    zero gradients elsewhere.
+    """
     square = vectors.square().sum(-1, keepdim=True)
+    nonzero = square > above if where is None else where & (square > above)
     return torch.where(nonzero, vectors * torch.where(nonzero, square, 1).rsqrt(), 0)
 
 
@@ -188,8 +212,8 @@ def unit_tangent(direction: torch.Tensor, neighbour: torch.Tensor, pair: torch.T
         `torch.Tensor` of shape `(..., r)`.
     """
     perpendicular = neighbour - (direction * neighbour).sum(-1, keepdim=True) * direction
-    square = perpendicular.square().sum(-1, keepdim=True)
-    return unit(perpendicular, pair & (square > eps**2 * neighbour.square().sum(-1, keepdim=True)))
+    # ‖z ∧ y‖ = ‖z‖ ‖y⊥‖, and `direction` has unit norm.
+    return unit(perpendicular, eps**2 * neighbour.square().sum(-1, keepdim=True), pair)
 
 
 def project_planes(direction, tangent, weight, bias, has_pair) -> torch.Tensor:
@@ -206,27 +230,49 @@ def project_planes(direction, tangent, weight, bias, has_pair) -> torch.Tensor:
     """
     num_heads, reduced_size = direction.shape[2:]
     if direction.shape[1] == 1:
-        # In a decoding step, writing out the matrices would cost more than everything else.
-        features = F.linear(wedge(direction, tangent).flatten(2).to(weight.dtype), weight)
+        # In a decoding step, bringing the weight in order would cost more than everything else.
+        i, j = torch.triu_indices(reduced_size, reduced_size, offset=1, device=direction.device)
+        outer = direction[..., :, None] * tangent[..., None, :]  # (B, 1, H, r, r)
+        coordinates = (outer - outer.mT)[..., i, j].flatten(2)  # (B, 1, H * P)
+        features = F.linear(coordinates.to(weight.dtype), weight)
     else:
-        outer = (direction[..., :, None] * tangent[..., None, :]).flatten(2)  # (B, T, H, r, r) -> (B, T, H * r * r)
-        features = F.linear(outer.to(weight.dtype), antisymmetric_matrices(weight, num_heads, reduced_size))
+        z, y = (vectors.flatten(0, 1).permute(1, 2, 0).contiguous() for vectors in (direction, tangent))  # (H, r, n)
+        coordinates = wedge_of_halves(z, y).flatten(0, 1).t()  # (H, Q, n) -> (n, H * Q)
+        features = F.linear(coordinates.to(weight.dtype), columns_of_halves(weight, num_heads, reduced_size))
+        features = features.unflatten(0, direction.shape[:2])
     return features if bias is None else features + bias * has_pair
+
+
+def stack_neighbours(source, positions, offsets: list[int], query_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The neighbours of the last `query_length` tokens, for each offset: `(B, S, H, r)` -> `(B, T, len(offsets), H, r)`;
+    and which of them form pairs, `(B, T, len(offsets))`, by the rule of [`is_pair`].
+    """
+    past_length = source.shape[1] - query_length
+    padding = (max(max(offsets) - past_length, 0), max(-min(offsets), 0))
+    if any(padding):
+        source = F.pad(source, (0, 0, 0, 0, *padding))
+        positions = F.pad(positions, padding, value=NO_POSITION)
+    # The place where a token's sequence begins: the same for two tokens whose positions differ as their places do.
+    start = positions - torch.arange(positions.shape[1], device=positions.device)
+    first = past_length + padding[0]
+
+    def take(tensor: torch.Tensor, delta: int) -> torch.Tensor:
+        return tensor.narrow(1, first - delta, query_length)
+
+    pair = torch.stack([take(start, delta) for delta in offsets], dim=2) == take(start, 0)[..., None]
+    return torch.stack([take(source, delta) for delta in offsets], dim=2), pair
 
 
 def plucker_features_collapsed(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
     """[`plucker_features`] by the exact collapse: one wedge and one projection per token."""
-    direction = unit(query, query.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
-    tangent, count = 0.0, 0
-    for index, delta in enumerate(offsets):
-        past = shift(source, delta, query.shape[1])
-        pair = is_pair(positions, delta, query.shape[1])[..., None]  # (B, T, 1)
-        tangents = unit_tangent(direction, past, pair[..., None], eps)
-        if offset_weights is not None:
-            tangents = tangents * offset_weights[:, index, None]
-        tangent = tangent + tangents
-        count = count + pair
-    tangent = tangent / count.clamp(min=1)[..., None]
+    direction = unit(query)  # (B, T, H, r)
+    past, pair = stack_neighbours(source, positions, offsets, query.shape[1])
+    tangents = unit_tangent(direction[:, :, None], past, pair[..., None, None], eps)  # (B, T, len(offsets), H, r)
+    if offset_weights is not None:
+        tangents = tangents * offset_weights.t()[..., None]
+    count = pair.sum(-1, keepdim=True)  # (B, T, 1)
+    tangent = tangents.sum(2) / count.clamp(min=1)[..., None]
     return project_planes(direction, tangent, weight, bias, count > 0)
 
 
@@ -237,14 +283,15 @@ BACKENDS = {
 }
 
 
-def choose_backend(backend: str, vectors: torch.Tensor) -> str:
+def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str:
     """
     The backend that will serve.
 
     Args:
         backend (`str`): a key of `BACKENDS`, or `"auto"`: what the environment variable `GRASSMANN_BACKEND` names, or
             else `"triton"` where it can serve and `"torch"` where it cannot.
-        vectors (`torch.Tensor` of shape `(B, T, H, r)`): the reduced vectors to be mixed.
+        tensor (`torch.Tensor`): what is to be mixed; its device and type matter.
+        reduced_size (`int`): `r`.
 
     Raises:
         ValueError: for an unknown backend.
@@ -257,8 +304,8 @@ def choose_backend(backend: str, vectors: torch.Tensor) -> str:
         raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {asked!r}.")
     if asked in ("naive", "torch"):
         return asked
-    reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(vectors)
-    if reason is None and (asked == "triton" or vectors.is_cuda):
+    reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(tensor, reduced_size)
+    if reason is None and (asked == "triton" or tensor.is_cuda):
         return "triton"
     # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
     if asked == "triton" and not torch.compiler.is_compiling():
@@ -310,8 +357,8 @@ def plucker_features(
     Raises:
         ValueError: for an unknown backend, or shapes that do not fit together.
     """
-    backend = choose_backend(backend, query)
     num_heads, reduced_size = query.shape[2:]
+    backend = choose_backend(backend, query, reduced_size)
     if weight.shape[1] != num_heads * num_plucker_coordinates(reduced_size):
         raise ValueError(
             f"`weight` must have {num_heads} x {num_plucker_coordinates(reduced_size)} columns for {num_heads} "
@@ -443,7 +490,7 @@ def plucker_window_features(
     """
     window_size = pair_weights.shape[-1]
     reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
-    direction = unit(reduced, reduced.square().sum(-1, keepdim=True) > 0)  # (B, T, H, r)
+    direction = unit(reduced)  # (B, T, H, r)
     tangent, count = 0.0, 0
     # Exported programs serve all lengths, and the number of windows is no fixed function of them.
     window_sums = window_sums_by_token if torch.compiler.is_exporting() else window_sums_by_window
@@ -613,18 +660,32 @@ class PluckerMixer(nn.Module):
                 positions = positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
             else:
                 positions = separate_sequences(positions, cu_seqlens)
+        backend = choose_backend(self.backend, hidden_states, self.reduce.out_features // self.num_heads)
+        if backend == "triton" and past_key_values is None and self.is_plain():
+            if positions is None:
+                positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            return plucker_mixer_triton(hidden_states, self, positions)
         query = self.reduce(hidden_states)  # (B, T, H * r)
         source = query if self.reduce_past is None else self.reduce_past(hidden_states)
         if past_key_values is not None:
             source, positions = past_key_values.update(source, positions, self.layer_idx, window=self.window)
+        shared = source is query
         query = query.unflatten(-1, (self.num_heads, -1))  # (B, T, H, r)
-        source = source.unflatten(-1, (self.num_heads, -1))  # (B, S, H, r)
+        source = query if shared else source.unflatten(-1, (self.num_heads, -1))  # (B, S, H, r)
 
-        features = self.plucker_proj(query, source, self.offsets, positions, self.backend)  # (B, T, d)
+        features = self.plucker_proj(query, source, self.offsets, positions, backend)  # (B, T, d)
         mixed = gated_mix(hidden_states, features, self.gate_proj)
         if self.out_proj is not None:
             mixed = self.out_proj(mixed)
         return self.norm(mixed)
+
+    def is_plain(self) -> bool:
+        """Whether the layers are no more than their parameters: no adapter, quantised weight or hook takes part."""
+        layers = [layer for layer in (self.reduce, self.reduce_past, self.gate_proj, self.norm) if layer is not None]
+        hooks = any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers)
+        parameters = all(type(parameter) in (torch.Tensor, nn.Parameter) for parameter in self.parameters())
+        types = all(type(layer) in (nn.Linear, nn.LayerNorm) for layer in layers)
+        return self.out_proj is None and types and parameters and not hooks
 
 
 class PluckerWindowMixer(nn.Module):

@@ -13,9 +13,9 @@ antisymmetric :math:`A_{ij} \in R^d` holds the columns of the projection.
 - [`weight_backward_kernel`] gives the gradient of the projection, with the coordinates made in registers again;
 - [`tangents_backward_kernel`] gathers what a token gets as itself and as a neighbour of others.
 
-[`gated_norm_triton`] is the rest of the mixer, from the gate to the LayerNorm. The backward starts from the reduced
-vectors again, so that no tensor with P or |W| r numbers a token ever exists. Sums over tokens have a fixed order: the
-same inputs give the same bits.
+[`plucker_mixer_triton`] is the whole mixer, from its linear maps, which are cuBLAS's, to its LayerNorm. The backward
+starts from the reduced vectors again, so that no tensor with P or |W| r numbers a token ever exists. Sums over tokens
+have a fixed order: the same inputs give the same bits.
 """
 
 import re
@@ -35,6 +35,8 @@ except ImportError:
 MAX_REDUCED_SIZE = 128
 # That of `plucker.py`, which imports this file.
 NO_POSITION = -(2**31)
+# As Triton itself decides it, when kernels are declared.
+INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -232,9 +234,8 @@ def project_backward_kernel(
 
 @triton.jit
 def weight_backward_kernel(
-    grad, direction, tangent, inverse_count, sums, bias_sums, num_tokens,
-    hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    grad, direction, tangent, sums, num_tokens,
+    hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Products of coordinates and gradient, summed over each split's tokens: `(splits, H * (r / 2) * R_PADDED, d)`."""
@@ -252,7 +253,6 @@ def weight_backward_kernel(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_channels = channel < hidden_size
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    bias_total = tl.zeros([BLOCK_D], tl.float32)
     for step in range(STEPS):
         token = ((split * STEPS + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         real = token < num_tokens
@@ -264,13 +264,8 @@ def weight_backward_kernel(
         pointers = grad + token[:, None] * hidden_size + channel[None, :]
         part = tl.load(pointers, mask=real[:, None] & in_channels[None, :], other=0.0)
         total = tl.dot((z_i * m_j - z_j * m_i).to(part.dtype), part, total, input_precision=PRECISION)
-        if BIAS and tl.program_id(0) == 0:
-            has_pair = tl.load(inverse_count + token, mask=real, other=0.0) > 0
-            bias_total += tl.sum(tl.where(has_pair[:, None], part.to(tl.float32), 0.0), axis=0)
     pointers = sums + (split * ROWS + row).to(tl.int64)[:, None] * hidden_size + channel[None, :]
     tl.store(pointers, total, mask=(row < ROWS)[:, None] & in_channels[None, :])
-    if BIAS and tl.program_id(0) == 0:
-        tl.store(bias_sums + split * hidden_size + channel, bias_total, mask=in_channels)
 
 
 @triton.jit
@@ -308,6 +303,7 @@ def tangents_backward_kernel(
     query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
     grad_query, grad_source, grad_offset_weights, num_places, length, source_length, eps,
     query_batch, query_token, query_head, source_batch, source_token, source_head, position_batch, position_token,
+    grad_query_batch, grad_query_token, grad_query_head, grad_source_batch, grad_source_token, grad_source_head,
     H: tl.constexpr, r: tl.constexpr, OFFSETS: tl.constexpr, NO_POSITION: tl.constexpr, WEIGHTED: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -386,52 +382,99 @@ def tangents_backward_kernel(
 
     radial = tl.sum(grad_z_hat * z_hat, axis=1)
     grad_z = (grad_z_hat - radial[:, None] * z_hat) * inverse_norm[:, None]
-    own_vector = ((batch * length + token) * H + head) * r
     if SHARED:
         grad_z += grad_y
     else:
-        pointers = grad_source + (index.to(tl.int64) * H + head)[:, None] * r + column[None, :]
-        tl.store(pointers, grad_y.to(grad_source.dtype.element_ty), mask=exists[:, None] & in_vector)
-    pointers = grad_query + own_vector[:, None] + column[None, :]
-    tl.store(pointers, grad_z.to(grad_query.dtype.element_ty), mask=is_query[:, None] & in_vector)
+        row = (
+            grad_source + batch * grad_source_batch + place.to(tl.int64) * grad_source_token + head * grad_source_head
+        )
+        mask = exists[:, None] & in_vector
+        tl.store(row[:, None] + column[None, :], grad_y.to(grad_source.dtype.element_ty), mask=mask)
+    row = grad_query + batch * grad_query_batch + token.to(tl.int64) * grad_query_token + head * grad_query_head
+    mask = is_query[:, None] & in_vector
+    tl.store(row[:, None] + column[None, :], grad_z.to(grad_query.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def mix_and_norm(logits, h, g, in_row, hidden_size, eps):
-    """`α`, the normalised mixture and its inverse standard deviation: rows `(BLOCK, BLOCK_D)` in float32."""
-    alpha = tl.sigmoid(logits)
-    mixed = g + alpha * (h - g)
+def store_normalised(
+    a, hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps,
+    hidden_size: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write `LayerNorm(α h + (1 - α) g)` of whole rows with logits `a`, and their means and inverse deviations."""
+    channel = tl.arange(0, BLOCK_D)
+    in_channels = channel < hidden_size
+    in_row = real[:, None] & in_channels[None, :]
+    places = token[:, None] * hidden_size + channel[None, :]
+    h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
+    g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
+    mixed = g + tl.sigmoid(a) * (h - g)
     mean = tl.sum(tl.where(in_row, mixed, 0.0), axis=1) / hidden_size
     centred = tl.where(in_row, mixed - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, axis=1) / hidden_size + eps)
-    return alpha, centred * inverse[:, None], inverse
-
-
-@triton.jit
-def norm_kernel(
-    logits, hidden_states, features, norm_weight, norm_bias, output, num_tokens, eps,
-    hidden_size: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    in_row = (token < num_tokens)[:, None] & (channel < hidden_size)[None, :]
-    places = token[:, None] * hidden_size + channel[None, :]
-    a = tl.load(logits + places, mask=in_row, other=0.0).to(tl.float32)
-    h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
-    g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
-    _, normalised, _ = mix_and_norm(a, h, g, in_row, hidden_size, eps)
-    w = tl.load(norm_weight + channel, mask=channel < hidden_size, other=0.0).to(tl.float32)
-    b = tl.load(norm_bias + channel, mask=channel < hidden_size, other=0.0).to(tl.float32)
-    result = normalised * w[None, :] + b[None, :]
+    tl.store(statistics + 2 * token, mean, mask=real)
+    tl.store(statistics + 2 * token + 1, inverse, mask=real)
+    w = tl.load(norm_weight + channel, mask=in_channels, other=0.0).to(tl.float32)
+    b = tl.load(norm_bias + channel, mask=in_channels, other=0.0).to(tl.float32)
+    result = centred * inverse[:, None] * w[None, :] + b[None, :]
     tl.store(output + places, result.to(output.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
-def norm_backward_kernel(
-    grad, logits, hidden_states, features, norm_weight, grad_logits, grad_mixed, sums, num_tokens, eps,
-    hidden_size: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+def norm_kernel(
+    projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, eps,
+    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of logits and mixture; `sums` of each program for the norm's weight and bias and the gate's bias."""
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    real = token < num_tokens
+    in_row = real[:, None] & (channel < hidden_size)[None, :]
+    a = tl.load(projected + token[:, None] * PROJECTED + channel[None, :], mask=in_row, other=0.0).to(tl.float32)
+    store_normalised(
+        a, hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps, hidden_size, BLOCK_D
+    )
+
+
+@triton.jit
+def gate_norm_kernel(
+    projected, hidden_states, features, gate_weight, norm_weight, norm_bias, statistics, output, num_tokens, eps,
+    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[`norm_kernel`] with the features' part of the logits, for rows that fit in one block of a product."""
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    real = token < num_tokens
+    in_channels = channel < hidden_size
+    in_row = real[:, None] & in_channels[None, :]
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, hidden_size, BLOCK_K):
+        inside = k < hidden_size - start
+        g_pointers = features + token[:, None] * hidden_size + (start + k)[None, :]
+        g = tl.load(g_pointers, mask=real[:, None] & inside[None, :], other=0.0)
+        w_pointers = gate_weight + channel[None, :] * (2 * hidden_size) + (hidden_size + start + k)[:, None]
+        w = tl.load(w_pointers, mask=inside[:, None] & in_channels[None, :], other=0.0)
+        total = tl.dot(g, w, total, input_precision=PRECISION)
+    pointers = projected + token[:, None] * PROJECTED + channel[None, :]
+    a = (total + tl.load(pointers, mask=in_row, other=0.0).to(tl.float32)).to(projected.dtype.element_ty)
+    tl.store(pointers, a, mask=in_row)
+    store_normalised(
+        a.to(tl.float32), hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps,
+        hidden_size, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad, projected, hidden_states, features, norm_weight, statistics,
+    grad_projected, grad_hidden, grad_features, sums, num_tokens,
+    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """
+    Gradients of the logits, and of `h` and `g` but for what goes through the logits. `sums` holds those of the norm's
+    weight and bias and of the gate's bias, for each program's tokens.
+    """
     channel = tl.arange(0, BLOCK_D)
     in_channels = channel < hidden_size
     w = tl.load(norm_weight + channel, mask=in_channels, other=0.0).to(tl.float32)
@@ -441,113 +484,46 @@ def norm_backward_kernel(
     logits_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for step in range(STEPS):
         token = ((tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        in_row = (token < num_tokens)[:, None] & in_channels[None, :]
+        real = token < num_tokens
+        in_row = real[:, None] & in_channels[None, :]
         places = token[:, None] * hidden_size + channel[None, :]
-        a = tl.load(logits + places, mask=in_row, other=0.0).to(tl.float32)
+        logits_places = token[:, None] * PROJECTED + channel[None, :]
+        a = tl.load(projected + logits_places, mask=in_row, other=0.0).to(tl.float32)
         h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
         g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
         dy = tl.load(grad + places, mask=in_row, other=0.0).to(tl.float32)
-        alpha, normalised, inverse = mix_and_norm(a, h, g, in_row, hidden_size, eps)
+        mean = tl.load(statistics + 2 * token, mask=real, other=0.0)
+        inverse = tl.load(statistics + 2 * token + 1, mask=real, other=0.0)
+        alpha = tl.sigmoid(a)
+        normalised = (g + alpha * (h - g) - mean[:, None]) * inverse[:, None]
         weight_total += dy * normalised
         bias_total += dy
         dy *= w[None, :]
-        mean = tl.sum(dy, axis=1) / hidden_size
+        across = tl.sum(dy, axis=1) / hidden_size
         along = tl.sum(dy * normalised, axis=1) / hidden_size
-        dy = (dy - mean[:, None] - along[:, None] * normalised) * inverse[:, None]
+        dy = (dy - across[:, None] - along[:, None] * normalised) * inverse[:, None]
         da = tl.where(in_row, dy * (h - g) * alpha * (1.0 - alpha), 0.0)
         logits_total += da
-        tl.store(grad_logits + places, da.to(grad_logits.dtype.element_ty), mask=in_row)
-        tl.store(grad_mixed + places, dy.to(grad_mixed.dtype.element_ty), mask=in_row)
+        tl.store(grad_projected + logits_places, da.to(grad_projected.dtype.element_ty), mask=in_row)
+        tl.store(grad_hidden + places, (dy * alpha).to(grad_hidden.dtype.element_ty), mask=in_row)
+        tl.store(grad_features + places, (dy * (1.0 - alpha)).to(grad_features.dtype.element_ty), mask=in_row)
     row = sums + tl.program_id(0) * 3 * hidden_size + channel
     tl.store(row, tl.sum(weight_total, axis=0), mask=in_channels)
     tl.store(row + hidden_size, tl.sum(bias_total, axis=0), mask=in_channels)
     tl.store(row + 2 * hidden_size, tl.sum(logits_total, axis=0), mask=in_channels)
 
 
-@triton.jit
-def gate_backward_kernel(
-    grad_logits, grad_mixed, logits, gate_weight, grad_hidden, grad_features, num_tokens,
-    hidden_size: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """What reaches `h` and `g`: through the gate's product and directly, `α` and `1 - α` of the mixture's gradient."""
-    COLUMNS: tl.constexpr = (hidden_size + BLOCK_D - 1) // BLOCK_D
-    # Programs that share rows stand side by side, so that these are read from memory once.
-    program = tl.program_id(0)
-    token = (program // (2 * COLUMNS) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    half = program // COLUMNS % 2
-    channel = program % COLUMNS * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = token < num_tokens
-    in_channels = channel < hidden_size
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(0, hidden_size, BLOCK_K):
-        inside = start + k < hidden_size
-        pointers = grad_logits + token[:, None] * hidden_size + (start + k)[None, :]
-        da = tl.load(pointers, mask=real[:, None] & inside[None, :], other=0.0)
-        pointers = gate_weight + (start + k)[:, None] * (2 * hidden_size) + (half * hidden_size + channel)[None, :]
-        w = tl.load(pointers, mask=inside[:, None] & in_channels[None, :], other=0.0)
-        total = tl.dot(da, w, total, input_precision=PRECISION)
-    places = token[:, None] * hidden_size + channel[None, :]
-    mask = real[:, None] & in_channels[None, :]
-    alpha = tl.sigmoid(tl.load(logits + places, mask=mask, other=0.0).to(tl.float32))
-    mixed = tl.load(grad_mixed + places, mask=mask, other=0.0).to(tl.float32)
-    if half == 0:
-        total += mixed * alpha
-        tl.store(grad_hidden + places, total.to(grad_hidden.dtype.element_ty), mask=mask)
-    else:
-        total += mixed * (1.0 - alpha)
-        tl.store(grad_features + places, total.to(grad_features.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gate_norm_kernel(
-    hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, logits, output,
-    num_tokens, eps, hidden_size: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The gate's product and [`norm_kernel`] in one, for rows that fit in one block."""
-    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    real = token < num_tokens
-    in_channels = channel < hidden_size
-    in_row = real[:, None] & in_channels[None, :]
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for half in tl.static_range(2):
-        values = hidden_states if half == 0 else features
-        w_pointers = gate_weight + channel[None, :] * (2 * hidden_size) + (half * hidden_size + k)[:, None]
-        v_pointers = values + token[:, None] * hidden_size + k[None, :]
-        for start in range(0, hidden_size, BLOCK_K):
-            inside = k < hidden_size - start
-            v = tl.load(v_pointers + start, mask=real[:, None] & inside[None, :], other=0.0)
-            v = v.to(gate_weight.dtype.element_ty)
-            w = tl.load(w_pointers + start, mask=inside[:, None] & in_channels[None, :], other=0.0)
-            total = tl.dot(v, w, total, input_precision=PRECISION)
-    total += tl.load(gate_bias + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
-    places = token[:, None] * hidden_size + channel[None, :]
-    a = total.to(logits.dtype.element_ty)
-    tl.store(logits + places, a, mask=in_row)
-    h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
-    g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
-    _, normalised, _ = mix_and_norm(a.to(tl.float32), h, g, in_row, hidden_size, eps)
-    w = tl.load(norm_weight + channel, mask=in_channels, other=0.0).to(tl.float32)
-    b = tl.load(norm_bias + channel, mask=in_channels, other=0.0).to(tl.float32)
-    result = normalised * w[None, :] + b[None, :]
-    tl.store(output + places, result.to(output.dtype.element_ty), mask=in_row)
-
-
-def why_not_triton(vectors: torch.Tensor) -> str | None:
-    """Why the kernels cannot take reduced vectors `(B, T, H, r)`; `None` if they can."""
-    if not (vectors.is_cuda or triton.knobs.runtime.interpret):
-        return f"its kernels run on CUDA devices, and the tensors are on {vectors.device.type!r}"
-    if vectors.dtype not in DTYPES:
-        return f"its kernels compute in bfloat16, float16 or float32, and the tensors are {vectors.dtype}"
-    if vectors.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+def why_not_triton(tensor: torch.Tensor, reduced_size: int) -> str | None:
+    """Why the kernels cannot take tensors like this one; `None` if they can."""
+    if not (tensor.is_cuda or INTERPRETED):
+        return f"its kernels run on CUDA devices, and the tensors are on {tensor.device.type!r}"
+    if tensor.dtype not in DTYPES:
+        return f"its kernels compute in bfloat16, float16 or float32, and the tensors are {tensor.dtype}"
+    if tensor.dtype == torch.bfloat16 and INTERPRETED:
         return "Triton's interpreter cannot multiply bfloat16"
-    if vectors.shape[-1] > MAX_REDUCED_SIZE:
-        return f"its kernels take a `reduced_size` up to {MAX_REDUCED_SIZE}, got {vectors.shape[-1]}"
-    if vectors.is_cuda and torch.cuda.get_device_capability(vectors.device) < (8, 0):
+    if reduced_size > MAX_REDUCED_SIZE:
+        return f"its kernels take a `reduced_size` up to {MAX_REDUCED_SIZE}, got {reduced_size}"
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return "its kernels need a GPU of compute capability 8.0 or later"
     return None
 
@@ -625,25 +601,14 @@ def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::plucker_features", mutates_args=())
-def plucker_features_op(
-    query: torch.Tensor,
-    source: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    offset_weights: torch.Tensor | None,
-    positions: torch.Tensor,
-    offsets: list[int],
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """[`plucker_features_triton`] with `source=None` for the query itself, computed and returned in `dtype`."""
+def launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype) -> torch.Tensor:
+    """[`plucker_features_triton`], computed and returned in `dtype`."""
     batch, length, num_heads, r = query.shape
     hidden_size, num_tokens = weight.shape[0], batch * length
     features = query.new_empty(batch, length, hidden_size, dtype=dtype)
     if features.numel() == 0:
         return features
-    query, source, weight = unit_stride(query), unit_stride(query if source is None else source), unit_stride(weight)
+    query, source, weight = unit_stride(query), unit_stride(source), unit_stride(weight)
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
@@ -662,37 +627,19 @@ def plucker_features_op(
     return features
 
 
-@plucker_features_op.register_fake
-def _(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype):
-    return query.new_empty(query.shape[0], query.shape[1], weight.shape[0], dtype=dtype)
+def launch_backward(
+    grad, query, source, weight, offset_weights, positions, offsets, eps, grad_query, grad_source, with_weight
+):
+    """
+    Fill `grad_query` and, unless it is `None` because the source is the query, `grad_source`.
 
-
-@torch.library.custom_op(f"{NAMESPACE}::plucker_features_backward", mutates_args=())
-def plucker_features_backward_op(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    source: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    offset_weights: torch.Tensor | None,
-    positions: torch.Tensor,
-    offsets: list[int],
-    eps: float,
-    dtype: torch.dtype,
-    with_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the five first arguments of [`plucker_features_op`]; empty where there is nothing to give."""
-    grads = make_gradients(query, source, weight, bias, offset_weights, with_weight)
-    if grad.numel() == 0:
-        return tuple(gradient.zero_() for gradient in grads)
-    grad_query, grad_source, grad_weight, grad_bias, grad_offset_weights = grads
+    Returns:
+        The gradients of weight and bias in the type of `grad`, `None` without `with_weight`, and that of the offset
+        weights, `None` without them.
+    """
     batch, length, num_heads, r = query.shape
-    hidden_size, num_tokens = weight.shape[0], batch * length
-    num_planes = weight.shape[1]
-    shared = source is None
-    grad = grad.to(dtype).contiguous()
-    query, weight = unit_stride(query), unit_stride(weight)
-    source = query if shared else unit_stride(source)
+    hidden_size, num_tokens, dtype = weight.shape[0], batch * length, grad.dtype
+    query, source, weight = unit_stride(query), unit_stride(source), unit_stride(weight)
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     precision = dot_precision(dtype)
@@ -710,6 +657,7 @@ def plucker_features_backward_op(
         num_warps=8, num_stages=2 if small else 3,
     )  # fmt: skip
 
+    grad_weight = grad_bias = grad_offset_weights = None
     if with_weight:
         rows = num_heads * (r // 2) * r_padded
         block_p, block = block_of(rows, 64 if small else 128), 32 if small else 64
@@ -717,228 +665,341 @@ def plucker_features_backward_op(
         steps = steps_per_program(num_tokens, block, 132 // (blocks[0] * blocks[1]))
         splits = ceil_div(num_tokens, steps * block)
         sums = query.new_empty(splits, rows, hidden_size, dtype=torch.float32)
-        bias_sums = query.new_empty(splits, hidden_size, dtype=torch.float32)
         weight_backward_kernel[(*blocks, splits)](
-            grad, direction, tangent, inverse_count, sums, bias_sums, num_tokens,
-            hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded, BIAS=bias is not None, PRECISION=precision,
+            grad, direction, tangent, sums, num_tokens,
+            hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded, PRECISION=precision,
             STEPS=steps, BLOCK=block, BLOCK_P=block_p, BLOCK_D=block_d,
             num_warps=8, num_stages=2 if small else 3,
         )  # fmt: skip
-        unpack_kernel[(ceil_div(num_planes, 4), ceil_div(hidden_size, 64))](
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        unpack_kernel[(ceil_div(weight.shape[1], 4), ceil_div(hidden_size, 64))](
             sums, grad_weight, splits, hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded,
             BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=4, BLOCK_D=64,
         )  # fmt: skip
-        if bias is not None:
-            grad_bias.copy_(bias_sums.sum(0))
+        # (B * T,) x (B, T, d) -> (d,)
+        grad_bias = (inverse_count > 0).to(dtype) @ grad.view(num_tokens, hidden_size)
 
     block_r = triton.next_power_of_2(r)
     block = max(16, 1024 // block_r)
     num_places = batch * source.shape[1]
     blocks = ceil_div(num_places, block)
-    weight_sums = query.new_empty(
-        blocks, num_heads, len(offsets) if offset_weights is not None else 0, dtype=torch.float32
-    )
+    weight_sums = query.new_empty(blocks, num_heads, len(offsets), dtype=torch.float32)
+    shared = grad_source is None
+    grad_strides = [*grad_query.stride()[:3], *(grad_query if shared else grad_source).stride()[:3]]
     tangents_backward_kernel[(blocks, num_heads)](
         query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
         grad_query, grad_source, weight_sums, num_places, length, source.shape[1], eps,
-        *query.stride()[:3], *source.stride()[:3], *positions.stride(),
+        *query.stride()[:3], *source.stride()[:3], *positions.stride(), *grad_strides,
         H=num_heads, r=r, OFFSETS=tuple(offsets), NO_POSITION=NO_POSITION, WEIGHTED=offset_weights is not None,
         SHARED=shared, BLOCK=block, BLOCK_R=block_r,
     )  # fmt: skip
     if offset_weights is not None:
-        grad_offset_weights.copy_(weight_sums.sum(0))
-    return grad_query, grad_source, grad_weight, grad_bias, grad_offset_weights
+        grad_offset_weights = weight_sums.sum(0).to(offset_weights.dtype)
+    return grad_weight, grad_bias, grad_offset_weights
 
 
-def make_gradients(query, source, weight, bias, offset_weights, with_weight):
-    """Empty tensors for the gradients, those that are not asked for without elements."""
+def empty_gradients(*tensors: torch.Tensor | None, needed=()) -> tuple[torch.Tensor, ...]:
+    """A tensor for the gradient of each argument, without elements for those that are `None` or not needed."""
+    device = next(tensor for tensor in tensors if tensor is not None).device
     return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and needed else query.new_empty(0)
-        for tensor, needed in [
-            (query, True),
-            (source, True),
-            (weight, with_weight),
-            (bias, with_weight),
-            (offset_weights, True),
-        ]
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if tensor is not None and need
+        else torch.empty(0, device=device)
+        for tensor, need in zip(tensors, needed)
     )
 
 
+@torch.library.custom_op(f"{NAMESPACE}::plucker_features", mutates_args=())
+def plucker_features_op(
+    query: torch.Tensor,
+    source: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    offset_weights: torch.Tensor | None,
+    positions: torch.Tensor,
+    offsets: list[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[`plucker_features_triton`] with `source=None` for the query itself, computed and returned in `dtype`."""
+    source = query if source is None else source
+    return launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype)
+
+
+@plucker_features_op.register_fake
+def _(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype):
+    return query.new_empty(query.shape[0], query.shape[1], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::plucker_features_backward", mutates_args=())
+def plucker_features_backward_op(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    source: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    offset_weights: torch.Tensor | None,
+    positions: torch.Tensor,
+    offsets: list[int],
+    eps: float,
+    with_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the five first arguments of [`plucker_features_op`]; without elements where there is none."""
+    needed = (True, True, with_weight, with_weight, True)
+    grads = empty_gradients(query, source, weight, bias, offset_weights, needed=needed)
+    if grad.numel() == 0:
+        return tuple(gradient.zero_() for gradient in grads)
+    grad_query, grad_source, *parameters = grads
+    results = launch_backward(
+        grad.contiguous(), query, query if source is None else source, weight, offset_weights, positions, offsets, eps,
+        grad_query, None if source is None else grad_source, with_weight,
+    )  # fmt: skip
+    for target, result in zip(parameters, results):
+        if target.numel():
+            target.copy_(result)
+    return grads
+
+
 @plucker_features_backward_op.register_fake
-def _(grad, query, source, weight, bias, offset_weights, positions, offsets, eps, dtype, with_weight):
-    return make_gradients(query, source, weight, bias, offset_weights, with_weight)
+def _(grad, query, source, weight, bias, offset_weights, positions, offsets, eps, with_weight):
+    needed = (True, True, with_weight, with_weight, True)
+    return empty_gradients(query, source, weight, bias, offset_weights, needed=needed)
 
 
-def save_for_plucker_backward(ctx, inputs, output):
-    *tensors, ctx.offsets, ctx.eps, ctx.dtype = inputs
+def save_for_features_backward(ctx, inputs, output):
+    *tensors, ctx.offsets, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
-def plucker_backward(ctx, grad):
-    inputs = ctx.saved_tensors
-    with_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    grads = plucker_features_backward_op(grad, *inputs, ctx.offsets, ctx.eps, ctx.dtype, with_weight)
-    needed = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad)][:5]
+def features_backward(ctx, grad):
+    needed = ctx.needs_input_grad
+    with_weight = needed[2] or needed[3]
+    grads = plucker_features_backward_op(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, with_weight)
     return *(gradient if need else None for gradient, need in zip(grads, needed)), None, None, None, None
 
 
-plucker_features_op.register_autograd(plucker_backward, setup_context=save_for_plucker_backward)
+plucker_features_op.register_autograd(features_backward, setup_context=save_for_features_backward)
+
+
+def compute_dtype(tensor: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The type of products: that of autocast where it is on, else that of the weight."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def plucker_features_triton(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
     """[`plucker.plucker_features`] on a GPU; under autocast the products are in its type."""
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
     source = None if source is query else source
+    dtype = compute_dtype(query, weight)
     return plucker_features_op(query, source, weight, bias, offset_weights, positions, list(offsets), eps, dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_norm", mutates_args=())
-def gated_norm_op(
+def stack(parts, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of linear maps or of their biases, one after the other, filled up with zeros to a multiple of eight."""
+    parts = [part.to(dtype) for part in parts if part is not None]
+    missing = -sum(part.shape[0] for part in parts) % 8
+    return torch.cat([*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])])
+
+
+def split_projected(projected, batch, hidden_size, num_heads, r, separate):
+    """Views of all projections `(B * T, M)`: logits `(B * T, d)`, query and source `(B, T, H, r)`."""
+    vectors = projected.view(batch, -1, projected.shape[1])[..., hidden_size:]  # (B, T, M - d)
+    query = vectors[..., : num_heads * r].unflatten(-1, (num_heads, r))
+    source = vectors[..., num_heads * r : 2 * num_heads * r].unflatten(-1, (num_heads, r)) if separate else query
+    return projected[:, :hidden_size], query, source
+
+
+@torch.library.custom_op(f"{NAMESPACE}::plucker_mixer", mutates_args=())
+def plucker_mixer_op(
     hidden_states: torch.Tensor,
-    features: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    reduce_bias: torch.Tensor,
+    past_weight: torch.Tensor | None,
+    past_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    offset_weights: torch.Tensor | None,
     gate_weight: torch.Tensor,
     gate_bias: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
+    positions: torch.Tensor,
+    num_heads: int,
+    offsets: list[int],
     eps: float,
+    norm_eps: float,
     dtype: torch.dtype,
     output_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`gated_norm_triton`] with its product in `dtype`, and the gate's logits, from which the backward starts."""
-    hidden_states, features = hidden_states.contiguous(), features.contiguous()
-    hidden_size = hidden_states.shape[-1]
-    num_tokens = hidden_states.numel() // hidden_size
-    output = hidden_states.new_empty(hidden_states.shape, dtype=output_dtype)
-    logits = hidden_states.new_empty(hidden_states.shape, dtype=dtype)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[`plucker_mixer_triton`], and what its backward starts from: projections, features and the norm's statistics."""
+    batch, length, hidden_size = hidden_states.shape
+    num_tokens, r = batch * length, reduce_weight.shape[0] // num_heads
+    hidden_states = hidden_states.contiguous()
+    output = torch.empty_like(hidden_states, dtype=output_dtype)
+    statistics = hidden_states.new_empty(num_tokens, 2, dtype=torch.float32)
+    # All linear maps of the hidden states are one product.
+    maps = stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype)
+    biases = stack((gate_bias, reduce_bias, past_bias), dtype)
+    rows = hidden_states.to(dtype).view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+    projected = torch.addmm(biases, rows, maps.t())  # (B * T, M)
+    logits, query, source = split_projected(projected, batch, hidden_size, num_heads, r, past_weight is not None)
+    features = launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype)
     if num_tokens == 0:
-        return output, logits
-    gate_weight = gate_weight.to(dtype).contiguous()
+        return output, projected, features, statistics
+
+    gate_weight = gate_weight.to(dtype)
     block_d = triton.next_power_of_2(hidden_size)
     if hidden_size <= 256:
-        # Whole rows fit in a block of a product.
         block_d, block = max(16, block_d), block_of(num_tokens, 64)
         gate_norm_kernel[(ceil_div(num_tokens, block),)](
-            hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, logits, output,
-            num_tokens, eps, hidden_size=hidden_size, PRECISION=dot_precision(dtype),
-            BLOCK=block, BLOCK_K=min(32, block_d), BLOCK_D=block_d, num_warps=4, num_stages=4,
+            projected, hidden_states, features, gate_weight.contiguous(), norm_weight, norm_bias, statistics, output,
+            num_tokens, norm_eps, hidden_size=hidden_size, PROJECTED=projected.shape[1],
+            PRECISION=dot_precision(dtype), BLOCK=block, BLOCK_K=min(32, block_d), BLOCK_D=block_d,
+            num_warps=4, num_stages=4,
         )  # fmt: skip
-        return output, logits
-    # (B, T, d) -> (B * T, d)
-    rows, mixed = (x.to(dtype).view(num_tokens, hidden_size) for x in (hidden_states, features))
-    flat = logits.view(num_tokens, hidden_size)
-    torch.addmm(gate_bias.to(dtype), rows, gate_weight[:, :hidden_size].t(), out=flat)
-    flat.addmm_(mixed, gate_weight[:, hidden_size:].t())
-    block = max(1, 4096 // block_d)
-    norm_kernel[(ceil_div(num_tokens, block),)](
-        logits, hidden_states, features, norm_weight, norm_bias, output,
-        num_tokens, eps, hidden_size=hidden_size, BLOCK=block, BLOCK_D=block_d,
-    )  # fmt: skip
-    return output, logits
+    else:
+        logits.addmm_(features.view(num_tokens, hidden_size), gate_weight[:, hidden_size:].t())
+        block = max(1, 4096 // block_d)
+        norm_kernel[(ceil_div(num_tokens, block),)](
+            projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, norm_eps,
+            hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
+        )  # fmt: skip
+    return output, projected, features, statistics
 
 
-@gated_norm_op.register_fake
-def _(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, dtype, output_dtype):
-    shape = hidden_states.shape
-    return hidden_states.new_empty(shape, dtype=output_dtype), hidden_states.new_empty(shape, dtype=dtype)
+@plucker_mixer_op.register_fake
+def _(hidden_states, reduce_weight, reduce_bias, past_weight, *args):
+    *_, dtype, output_dtype = args
+    num_tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
+    size = hidden_size + reduce_weight.shape[0] * (1 if past_weight is None else 2)
+    return (
+        torch.empty_like(hidden_states, dtype=output_dtype, memory_format=torch.contiguous_format),
+        hidden_states.new_empty(num_tokens, ceil_div(size, 8) * 8, dtype=dtype),
+        hidden_states.new_empty(hidden_states.shape, dtype=dtype),
+        hidden_states.new_empty(num_tokens, 2, dtype=torch.float32),
+    )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_norm_backward", mutates_args=())
-def gated_norm_backward_op(
+@torch.library.custom_op(f"{NAMESPACE}::plucker_mixer_backward", mutates_args=())
+def plucker_mixer_backward_op(
     grad: torch.Tensor,
-    logits: torch.Tensor,
-    hidden_states: torch.Tensor,
+    projected: torch.Tensor,
     features: torch.Tensor,
+    statistics: torch.Tensor,
+    hidden_states: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    reduce_bias: torch.Tensor,
+    past_weight: torch.Tensor | None,
+    past_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    offset_weights: torch.Tensor | None,
     gate_weight: torch.Tensor,
     gate_bias: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
+    positions: torch.Tensor,
+    num_heads: int,
+    offsets: list[int],
     eps: float,
     with_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the six first arguments of [`gated_norm_op`], that of the gate's weight if `with_weight`."""
-    grads = make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight)
+) -> list[torch.Tensor]:
+    """Gradients of the twelve first arguments of [`plucker_mixer_op`]; without elements where there is none."""
+    parameters = (reduce_weight, reduce_bias, past_weight, past_bias, weight, bias, offset_weights, gate_weight)
+    parameters = (*parameters, gate_bias, norm_weight, norm_bias)
+    grads = empty_gradients(hidden_states, *parameters, needed=(True, *[with_weight] * len(parameters)))
     if hidden_states.numel() == 0:
-        return tuple(gradient.zero_() for gradient in grads)
-    grad_hidden, grad_features, grad_gate_weight, grad_gate_bias, grad_norm_weight, grad_norm_bias = grads
-    grad, hidden_states, features = grad.contiguous(), hidden_states.contiguous(), features.contiguous()
-    hidden_size, dtype = hidden_states.shape[-1], logits.dtype
-    num_tokens = hidden_states.numel() // hidden_size
-    gate_weight = gate_weight.to(dtype).contiguous()
-    grad_logits, grad_mixed = torch.empty_like(logits), torch.empty_like(logits)
+        return [gradient.zero_() for gradient in grads]
+    batch, length, hidden_size = hidden_states.shape
+    num_tokens, r, dtype = batch * length, reduce_weight.shape[0] // num_heads, projected.dtype
+    separate = past_weight is not None
+    rows = hidden_states.contiguous().to(dtype).view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+    maps = stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype)
+    used = hidden_size + reduce_weight.shape[0] * (2 if separate else 1)
+    grad_projected = torch.empty_like(projected)
+    grad_projected[:, used:] = 0
+    grad_logits, grad_query, grad_source = split_projected(grad_projected, batch, hidden_size, num_heads, r, separate)
+    _, query, source = split_projected(projected, batch, hidden_size, num_heads, r, separate)
+
+    grad_rows = torch.empty_like(rows)
+    grad_features = torch.empty_like(features)
     block_d = triton.next_power_of_2(hidden_size)
     block = max(1, 1024 // block_d)
     steps = steps_per_program(num_tokens, block, 1056)
     sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
     norm_backward_kernel[(sums.shape[0],)](
-        grad, logits, hidden_states, features, norm_weight, grad_logits, grad_mixed, sums,
-        num_tokens, eps, hidden_size=hidden_size, STEPS=steps, BLOCK=block, BLOCK_D=block_d,
+        grad.contiguous(), projected, rows, features, norm_weight, statistics, grad_projected, grad_rows,
+        grad_features, sums, num_tokens,
+        hidden_size=hidden_size, PROJECTED=projected.shape[1], STEPS=steps, BLOCK=block, BLOCK_D=block_d,
     )  # fmt: skip
-    block, block_d = block_of(num_tokens, 128), block_of(hidden_size, 128)
-    gate_backward_kernel[(ceil_div(num_tokens, block) * 2 * ceil_div(hidden_size, block_d),)](
-        grad_logits, grad_mixed, logits, gate_weight, grad_hidden, grad_features, num_tokens,
-        hidden_size=hidden_size, PRECISION=dot_precision(dtype),
-        BLOCK=block, BLOCK_K=min(64, block_d), BLOCK_D=block_d,
-        num_warps=8, num_stages=2 if is_small(grad, dtype) else 3,
+    flat_features = features.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+    grad_features.view(num_tokens, hidden_size).addmm_(grad_logits, gate_weight[:, hidden_size:].to(dtype))
+    grad_weight, grad_bias, grad_offset_weights = launch_backward(
+        grad_features, query, source, weight, offset_weights, positions, offsets, eps,
+        grad_query, grad_source if separate else None, with_weight,
     )  # fmt: skip
+    grad_rows.addmm_(grad_projected, maps)
+    grads[0].copy_(grad_rows.view(hidden_states.shape))
     if with_weight:
-        flat = grad_logits.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
-        both = flat.new_empty(hidden_size, 2 * hidden_size)
-        for values, part in ((hidden_states, slice(hidden_size)), (features, slice(hidden_size, None))):
-            torch.mm(flat.t(), values.to(dtype).view(num_tokens, hidden_size), out=both[:, part])
-        grad_gate_weight.copy_(both)
-    for target, total in zip((grad_norm_weight, grad_norm_bias, grad_gate_bias), sums.sum(0)):
-        target.copy_(total)
-    return grad_hidden, grad_features, grad_gate_weight, grad_gate_bias, grad_norm_weight, grad_norm_bias
+        # (M, d): the rows of gate, reduction and reduction of the past
+        grad_maps = grad_projected.t() @ rows
+        grad_gate = torch.cat([grad_maps[:hidden_size], grad_logits.t() @ flat_features], dim=1)
+        sizes = [reduce_weight.shape[0]] * (2 if separate else 1)
+        grad_maps = grad_maps[hidden_size:used].split(sizes)
+        grad_biases = grad_projected[:, hidden_size:used].sum(0, dtype=torch.float32).split(sizes)
+        grad_past = (grad_maps[1], grad_biases[1]) if separate else (None, None)
+        grad_norm_weight, grad_norm_bias, grad_gate_bias = sums.sum(0)
+        results = (grad_maps[0], grad_biases[0], *grad_past, grad_weight, grad_bias, grad_offset_weights, grad_gate)
+        for target, result in zip(grads[1:], (*results, grad_gate_bias, grad_norm_weight, grad_norm_bias)):
+            if result is not None:
+                target.copy_(result)
+    return list(grads)
 
 
-def make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight):
-    """Empty tensors for the gradients, that of the gate's weight without elements if it is not asked for."""
-    gate = gate_weight.new_empty(gate_weight.shape) if with_weight else gate_weight.new_empty(0)
-    rest = (gate_bias, norm_weight, norm_bias)
-    return (
-        *(x.new_empty(x.shape) for x in (hidden_states, features)),
-        gate,
-        *(x.new_empty(x.shape) for x in rest),
-    )
+@plucker_mixer_backward_op.register_fake
+def _(grad, projected, features, statistics, hidden_states, *args):
+    *parameters, _, _, _, _, with_weight = args
+    return list(empty_gradients(hidden_states, *parameters, needed=(True, *[with_weight] * len(parameters))))
 
 
-@gated_norm_backward_op.register_fake
-def _(grad, logits, hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, with_weight):
-    return make_norm_gradients(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, with_weight)
+def save_for_mixer_backward(ctx, inputs, output):
+    *tensors, ctx.num_heads, ctx.offsets, ctx.eps, _, _, _ = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def save_for_norm_backward(ctx, inputs, output):
-    *tensors, ctx.eps, _, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
+def mixer_backward(ctx, grad, *_):
+    needed = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * len(needed)
+    grads = plucker_mixer_backward_op(grad, *ctx.saved_tensors, ctx.num_heads, ctx.offsets, ctx.eps, any(needed[1:12]))
+    return *(gradient if need else None for gradient, need in zip(grads, needed)), *[None] * 7
 
 
-def norm_backward(ctx, grad, _):
-    grads = gated_norm_backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[2])
-    return *(gradient if need else None for gradient, need in zip(grads, ctx.needs_input_grad)), None, None, None
+plucker_mixer_op.register_autograd(mixer_backward, setup_context=save_for_mixer_backward)
 
 
-gated_norm_op.register_autograd(norm_backward, setup_context=save_for_norm_backward)
-
-
-def gated_norm_triton(hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps) -> torch.Tensor:
+def plucker_mixer_triton(hidden_states, mixer, positions) -> torch.Tensor:
     """
-    `LayerNorm(α h + (1 - α) g)` with `α = σ(W_gate [h; g] + b)`: the mixer after [`plucker_features_triton`].
+    A [`plucker.PluckerMixer`] without output projection and decoding state, from its linear maps to its LayerNorm.
 
     Args:
-        hidden_states, features (`torch.Tensor` of shape `(B, T, d)`): `h` and `g`.
-        gate_weight (`torch.Tensor` of shape `(d, 2 d)`), gate_bias (`torch.Tensor` of shape `(d,)`): of the gate.
-        norm_weight, norm_bias (`torch.Tensor` of shape `(d,)`), eps (`float`): of the LayerNorm.
+        hidden_states (`torch.Tensor` of shape `(B, T, d)`): the tokens.
+        mixer (`plucker.PluckerMixer`): holds the parameters.
+        positions (integer `torch.Tensor` of shape `(B, T)` or `(1, T)`): as in [`plucker.plucker_features`].
 
     Returns:
         `torch.Tensor` of shape `(B, T, d)`; float32 under autocast, as a LayerNorm's output is there.
     """
-    dtype = output_dtype = torch.promote_types(hidden_states.dtype, gate_weight.dtype)
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype, output_dtype = torch.get_autocast_dtype(hidden_states.device.type), torch.float32
-    output, _ = gated_norm_op(
-        hidden_states, features, gate_weight, gate_bias, norm_weight, norm_bias, eps, dtype, output_dtype
-    )
+    projection, gate, norm = mixer.plucker_proj, mixer.gate_proj, mixer.norm
+    past = (None, None) if mixer.reduce_past is None else (mixer.reduce_past.weight, mixer.reduce_past.bias)
+    dtype = compute_dtype(hidden_states, gate.weight)
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    output, *_ = plucker_mixer_op(
+        hidden_states, mixer.reduce.weight, mixer.reduce.bias, *past,
+        projection.weight, projection.bias, projection.offset_weights, gate.weight, gate.bias, norm.weight, norm.bias,
+        positions, mixer.num_heads, mixer.offsets, projection.eps, norm.eps,
+        dtype, torch.float32 if autocast else hidden_states.dtype,
+    )  # fmt: skip
     return output

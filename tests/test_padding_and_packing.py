@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from modeling_grassmann import GrassmannForSequenceClassification, GrassmannModel
+from modeling_grassmann import GrassmannForSequenceClassification, GrassmannModel, PluckerMixer
+from modeling_grassmann.plucker import positions_from_cu_seqlens
 
 
 # The shortest row is shorter than most offsets, the longest has room for all of them.
@@ -127,6 +128,141 @@ def test_language_model_logits_and_loss_of_a_flattened_batch_are_those_of_each_r
     logits, loss = logits_and_loss_alone(model, rows)
     assert_equal(output.logits[0], torch.cat(logits))
     assert_equal(output.loss, loss)
+
+
+# Boundaries of packed rows: `cu_seqlens`
+
+
+def boundaries(lengths, dtype=torch.int32):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=dtype)
+
+
+def gradients(model, loss):
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_boundaries_give_each_row_and_every_gradient_what_it_gives_alone(
+    is_causal, dtype, with_positions, make_model, flavour
+):
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, position_ids = pack(rows)
+    position_ids = position_ids if with_positions else None
+    packed = model(ids, position_ids=position_ids, cu_seq_lens_q=boundaries(LENGTHS, dtype)).last_hidden_state[0]
+    alone = torch.cat([model(row[None]).last_hidden_state[0] for row in rows])
+    assert_equal(packed, alone)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
+    expected = gradients(model, (alone * weights).sum())
+    for name, gradient in gradients(model, (packed * weights).sum()).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_no_pair_crosses_a_boundary_where_given_positions_run_on(is_causal, make_model, flavour):
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    ids, position_ids = torch.cat(rows)[None], torch.arange(sum(LENGTHS))[None]
+    hidden_states = model(ids, position_ids=position_ids, cu_seq_lens_q=boundaries(LENGTHS)).last_hidden_state[0]
+    joined = model(ids, position_ids=position_ids).last_hidden_state[0]
+    pieces = (tensor.split(LENGTHS, dim=-1) for tensor in (ids, position_ids))
+    for row, positions, states in zip(*pieces, hidden_states.split(LENGTHS)):
+        assert_equal(states, model(row, position_ids=positions).last_hidden_state[0])
+    assert (hidden_states - joined).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("return_position_ids", [True, False])
+def test_loss_and_logits_of_the_collators_boundaries_are_those_of_each_row_alone(
+    return_position_ids, make_model, flavour
+):
+    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=return_position_ids)
+    batch = collator([{"input_ids": row.tolist()} for row in rows])
+    assert ("position_ids" in batch) == return_position_ids
+    assert batch["cu_seq_lens_q"].tolist() == boundaries(LENGTHS).tolist()
+    output = model(**batch)
+    logits, loss = logits_and_loss_alone(model, rows)
+    assert_equal(output.logits[0], torch.cat(logits))
+    assert_equal(output.loss, loss)
+
+
+def test_boundaries_of_padded_length_leave_no_trace(make_model, flavour):
+    # As kept at one shape for a compiled model: empty sequences, and tokens behind the last one.
+    model, rows = make_model(GrassmannModel, **flavour), make_rows(LENGTHS)
+    ids = torch.cat([*rows, torch.zeros(9, dtype=torch.long)])[None]
+    cu_seqlens = boundaries([0, *LENGTHS, 0, 0])
+    hidden_states = model(ids, cu_seq_lens_q=cu_seqlens).last_hidden_state[0, :-9]
+    assert_equal(hidden_states, torch.cat([model(row[None]).last_hidden_state[0] for row in rows]))
+
+
+def test_decoding_goes_on_from_the_last_packed_row(make_model, flavour):
+    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    ids, position_ids = pack(rows)
+    more = make_rows([5], seed=4)[0]
+    expected = model(torch.cat([rows[-1], more])[None]).logits[:, -5:]
+    for given_positions in (None, position_ids):
+        output = model(ids, position_ids=given_positions, cu_seq_lens_q=boundaries(LENGTHS), use_cache=True)
+        logits = model(more[None], past_key_values=output.past_key_values).logits
+        assert_equal(logits, expected)
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_a_mixer_takes_boundaries_too(with_positions):
+    torch.manual_seed(0)
+    mixer = PluckerMixer(hidden_size=16, reduced_size=4, offsets=[1, 2, 5])
+    rows = torch.randn(sum(LENGTHS), 16).split(LENGTHS)
+    # They run on, so that the boundaries alone separate the rows.
+    positions = torch.arange(sum(LENGTHS))[None] if with_positions else None
+    mixed = mixer(torch.cat(rows)[None], positions, cu_seqlens=boundaries(LENGTHS))[0]
+    for row, states in zip(rows, mixed.split(LENGTHS), strict=True):
+        assert_equal(states, mixer(row[None])[0])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "rows", "message"),
+    [
+        (boundaries([3, 4]), 2, "needs a batch of one row, in which all sequences lie. Got 2 rows."),
+        (boundaries([3, 4])[None], 1, r"must hold integers, .* Got torch.int32 in shape \(1, 3\)"),
+        (torch.tensor([7]), 1, r"must hold integers, .* Got torch.int64 in shape \(1,\)"),
+        (torch.tensor([0.0, 7.0]), 1, r"must hold integers, .* Got torch.float32 in shape \(2,\)"),
+    ],
+)
+def test_impossible_boundaries_are_refused_by_name(cu_seqlens, rows, message, make_model, make_ids):
+    with pytest.raises(ValueError, match=f"`cu_seq_lens_q` {message}"):
+        make_model()(make_ids(rows, 7), cu_seq_lens_q=cu_seqlens)
+    with pytest.raises(ValueError, match=f"`cu_seqlens` {message}"):
+        PluckerMixer(8, 4, [1])(torch.zeros(rows, 7, 8), cu_seqlens=cu_seqlens)
+
+
+def test_a_packed_sequence_that_is_longer_than_the_position_table_is_refused(make_model, make_ids):
+    model, ids = make_model(max_position_embeddings=8), make_ids(1, 20)
+    assert model(ids, cu_seq_lens_q=boundaries([8, 5, 7]), max_length_q=8).logits.shape[1] == 20
+    with pytest.raises(ValueError, match="A sequence of 9 tokens is longer than the position table"):
+        model(ids, cu_seq_lens_q=boundaries([4, 9, 7]), max_length_q=9)
+
+
+def test_one_graph_serves_all_boundaries_of_one_number(make_model, make_ids):
+    torch._dynamo.reset()
+    model, ids = make_model(GrassmannModel, use_cache=False), make_ids(1, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    position_ids = torch.arange(20)[None]
+    for positions in ({}, {"position_ids": position_ids}):
+        for step, lengths in enumerate(([3, 4, 13], [9, 1, 10])):
+            cu_seqlens = boundaries(lengths)
+            expected = model(ids, cu_seq_lens_q=cu_seqlens, max_length_q=13, **positions).last_hidden_state
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                actual = compiled(ids, cu_seq_lens_q=cu_seqlens, max_length_q=13, **positions).last_hidden_state
+            assert_equal(actual, expected)
+    torch._dynamo.reset()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6), rest=st.integers(0, 3))
+def test_positions_count_from_the_last_boundary(lengths, rest):
+    expected = [position for length in [*lengths, rest] for position in range(length)]
+    positions = positions_from_cu_seqlens(boundaries(lengths), sum(lengths) + rest)
+    assert positions.dtype == torch.long
+    assert positions.tolist() == [expected]
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])

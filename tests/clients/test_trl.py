@@ -124,7 +124,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_each_alone(
     joined = torch.arange(batch["input_ids"].shape[1])[None]
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
-        assert abs(trainer.compute_loss(trainer.model, {**batch, "position_ids": joined}) - loss) > 1e-3
+        assert abs(trainer.compute_loss(trainer.model, {**batch, "position_ids": joined, "cu_seq_lens_q": None}) - loss) > 1e-3
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
