@@ -681,11 +681,14 @@ class PluckerMixer(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the layers are no more than their parameters: no adapter, quantised weight or hook takes part."""
-        layers = [layer for layer in (self.reduce, self.reduce_past, self.gate_proj, self.norm) if layer is not None]
-        hooks = any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers)
-        parameters = all(type(parameter) in (torch.Tensor, nn.Parameter) for parameter in self.parameters())
-        types = all(type(layer) in (nn.Linear, nn.LayerNorm) for layer in layers)
-        return self.out_proj is None and types and parameters and not hooks
+        for layer in (self.reduce, self.reduce_past, self.gate_proj, self.norm):
+            if layer is None:
+                continue
+            if type(layer) not in (nn.Linear, nn.LayerNorm) or type(layer.weight) not in (torch.Tensor, nn.Parameter):
+                return False
+            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+                return False
+        return self.out_proj is None
 
 
 class PluckerWindowMixer(nn.Module):

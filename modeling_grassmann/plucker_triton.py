@@ -19,6 +19,7 @@ have a fixed order: the same inputs give the same bits.
 """
 
 import re
+from functools import lru_cache
 
 import torch
 
@@ -396,15 +397,18 @@ def tangents_backward_kernel(
 
 
 @triton.jit
-def store_normalised(
-    a, hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps,
-    hidden_size: tl.constexpr, BLOCK_D: tl.constexpr,
+def norm_kernel(
+    projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, eps,
+    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write `LayerNorm(α h + (1 - α) g)` of whole rows with logits `a`, and their means and inverse deviations."""
+    """`LayerNorm(α h + (1 - α) g)` from the logits of `α`; also the mixtures' means and inverse deviations."""
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
+    real = token < num_tokens
     in_channels = channel < hidden_size
     in_row = real[:, None] & in_channels[None, :]
     places = token[:, None] * hidden_size + channel[None, :]
+    a = tl.load(projected + token[:, None] * PROJECTED + channel[None, :], mask=in_row, other=0.0).to(tl.float32)
     h = tl.load(hidden_states + places, mask=in_row, other=0.0).to(tl.float32)
     g = tl.load(features + places, mask=in_row, other=0.0).to(tl.float32)
     mixed = g + tl.sigmoid(a) * (h - g)
@@ -417,51 +421,6 @@ def store_normalised(
     b = tl.load(norm_bias + channel, mask=in_channels, other=0.0).to(tl.float32)
     result = centred * inverse[:, None] * w[None, :] + b[None, :]
     tl.store(output + places, result.to(output.dtype.element_ty), mask=in_row)
-
-
-@triton.jit
-def norm_kernel(
-    projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, eps,
-    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    real = token < num_tokens
-    in_row = real[:, None] & (channel < hidden_size)[None, :]
-    a = tl.load(projected + token[:, None] * PROJECTED + channel[None, :], mask=in_row, other=0.0).to(tl.float32)
-    store_normalised(
-        a, hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps, hidden_size, BLOCK_D
-    )
-
-
-@triton.jit
-def gate_norm_kernel(
-    projected, hidden_states, features, gate_weight, norm_weight, norm_bias, statistics, output, num_tokens, eps,
-    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """[`norm_kernel`] with the features' part of the logits, for rows that fit in one block of a product."""
-    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    real = token < num_tokens
-    in_channels = channel < hidden_size
-    in_row = real[:, None] & in_channels[None, :]
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(0, hidden_size, BLOCK_K):
-        inside = k < hidden_size - start
-        g_pointers = features + token[:, None] * hidden_size + (start + k)[None, :]
-        g = tl.load(g_pointers, mask=real[:, None] & inside[None, :], other=0.0)
-        w_pointers = gate_weight + channel[None, :] * (2 * hidden_size) + (hidden_size + start + k)[:, None]
-        w = tl.load(w_pointers, mask=inside[:, None] & in_channels[None, :], other=0.0)
-        total = tl.dot(g, w, total, input_precision=PRECISION)
-    pointers = projected + token[:, None] * PROJECTED + channel[None, :]
-    a = (total + tl.load(pointers, mask=in_row, other=0.0).to(tl.float32)).to(projected.dtype.element_ty)
-    tl.store(pointers, a, mask=in_row)
-    store_normalised(
-        a.to(tl.float32), hidden_states, features, norm_weight, norm_bias, statistics, output, token, real, eps,
-        hidden_size, BLOCK_D,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -559,11 +518,15 @@ def pair_block(reduced_size: int) -> int:
     return 16 if reduced_size <= 16 else 32
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+
+
 def is_small(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether products in `dtype` need blocks of less shared memory than half precisions do on a data-centre GPU."""
-    if dtype == torch.float32 or not tensor.is_cuda:
-        return True
-    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin < 200 * 1024
+    return dtype == torch.float32 or shared_memory(tensor.device) < 200 * 1024
 
 
 def make_tangents(query, source, positions, offset_weights, offsets, eps, dtype):
@@ -847,23 +810,13 @@ def plucker_mixer_op(
     if num_tokens == 0:
         return output, projected, features, statistics
 
-    gate_weight = gate_weight.to(dtype)
+    logits.addmm_(features.view(num_tokens, hidden_size), gate_weight[:, hidden_size:].to(dtype).t())
     block_d = triton.next_power_of_2(hidden_size)
-    if hidden_size <= 256:
-        block_d, block = max(16, block_d), block_of(num_tokens, 64)
-        gate_norm_kernel[(ceil_div(num_tokens, block),)](
-            projected, hidden_states, features, gate_weight.contiguous(), norm_weight, norm_bias, statistics, output,
-            num_tokens, norm_eps, hidden_size=hidden_size, PROJECTED=projected.shape[1],
-            PRECISION=dot_precision(dtype), BLOCK=block, BLOCK_K=min(32, block_d), BLOCK_D=block_d,
-            num_warps=4, num_stages=4,
-        )  # fmt: skip
-    else:
-        logits.addmm_(features.view(num_tokens, hidden_size), gate_weight[:, hidden_size:].t())
-        block = max(1, 4096 // block_d)
-        norm_kernel[(ceil_div(num_tokens, block),)](
-            projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, norm_eps,
-            hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
-        )  # fmt: skip
+    block = max(1, 2048 // block_d)
+    norm_kernel[(ceil_div(num_tokens, block),)](
+        projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, norm_eps,
+        hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
+    )  # fmt: skip
     return output, projected, features, statistics
 
 
@@ -904,62 +857,74 @@ def plucker_mixer_backward_op(
     eps: float,
     with_weight: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of the twelve first arguments of [`plucker_mixer_op`]; without elements where there is none."""
-    parameters = (reduce_weight, reduce_bias, past_weight, past_bias, weight, bias, offset_weights, gate_weight)
-    parameters = (*parameters, gate_bias, norm_weight, norm_bias)
-    grads = empty_gradients(hidden_states, *parameters, needed=(True, *[with_weight] * len(parameters)))
-    if hidden_states.numel() == 0:
-        return [gradient.zero_() for gradient in grads]
+    """
+    Gradients of the first twelve arguments of [`plucker_mixer_op`], those that are not `None`; of the first alone
+    without `with_weight`.
+    """
     batch, length, hidden_size = hidden_states.shape
-    num_tokens, r, dtype = batch * length, reduce_weight.shape[0] // num_heads, projected.dtype
-    separate = past_weight is not None
+    num_tokens, num_vectors, dtype = batch * length, reduce_weight.shape[0], projected.dtype
+    if num_tokens == 0:
+        parameters = (reduce_weight, reduce_bias, past_weight, past_bias, weight, bias, offset_weights, gate_weight)
+        parameters = (*parameters, gate_bias, norm_weight, norm_bias) if with_weight else ()
+        return [torch.zeros_like(x) for x in (hidden_states, *parameters) if x is not None]
+    separate, r = past_weight is not None, num_vectors // num_heads
     rows = hidden_states.contiguous().to(dtype).view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
-    maps = stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype)
-    used = hidden_size + reduce_weight.shape[0] * (2 if separate else 1)
+    flat_features = features.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+    used = hidden_size + num_vectors * (2 if separate else 1)
     grad_projected = torch.empty_like(projected)
-    grad_projected[:, used:] = 0
+    if used < grad_projected.shape[1]:
+        grad_projected[:, used:] = 0
     grad_logits, grad_query, grad_source = split_projected(grad_projected, batch, hidden_size, num_heads, r, separate)
     _, query, source = split_projected(projected, batch, hidden_size, num_heads, r, separate)
 
-    grad_rows = torch.empty_like(rows)
-    grad_features = torch.empty_like(features)
+    grad_rows, grad_features = torch.empty_like(rows), torch.empty_like(flat_features)
     block_d = triton.next_power_of_2(hidden_size)
-    block = max(1, 1024 // block_d)
-    steps = steps_per_program(num_tokens, block, 1056)
+    block = max(1, 512 // block_d)
+    steps = steps_per_program(num_tokens, block, 2112)
     sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
     norm_backward_kernel[(sums.shape[0],)](
         grad.contiguous(), projected, rows, features, norm_weight, statistics, grad_projected, grad_rows,
         grad_features, sums, num_tokens,
         hidden_size=hidden_size, PROJECTED=projected.shape[1], STEPS=steps, BLOCK=block, BLOCK_D=block_d,
+        num_warps=2 if block_d <= 256 else 4,
     )  # fmt: skip
-    flat_features = features.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
-    grad_features.view(num_tokens, hidden_size).addmm_(grad_logits, gate_weight[:, hidden_size:].to(dtype))
+    grad_features.addmm_(grad_logits, gate_weight[:, hidden_size:].to(dtype))
     grad_weight, grad_bias, grad_offset_weights = launch_backward(
         grad_features, query, source, weight, offset_weights, positions, offsets, eps,
         grad_query, grad_source if separate else None, with_weight,
     )  # fmt: skip
-    grad_rows.addmm_(grad_projected, maps)
-    grads[0].copy_(grad_rows.view(hidden_states.shape))
-    if with_weight:
-        # (M, d): the rows of gate, reduction and reduction of the past
-        grad_maps = grad_projected.t() @ rows
-        grad_gate = torch.cat([grad_maps[:hidden_size], grad_logits.t() @ flat_features], dim=1)
-        sizes = [reduce_weight.shape[0]] * (2 if separate else 1)
-        grad_maps = grad_maps[hidden_size:used].split(sizes)
-        grad_biases = grad_projected[:, hidden_size:used].sum(0, dtype=torch.float32).split(sizes)
-        grad_past = (grad_maps[1], grad_biases[1]) if separate else (None, None)
-        grad_norm_weight, grad_norm_bias, grad_gate_bias = sums.sum(0)
-        results = (grad_maps[0], grad_biases[0], *grad_past, grad_weight, grad_bias, grad_offset_weights, grad_gate)
-        for target, result in zip(grads[1:], (*results, grad_gate_bias, grad_norm_weight, grad_norm_bias)):
-            if result is not None:
-                target.copy_(result)
-    return list(grads)
+    grad_rows.addmm_(grad_projected, stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype))
+    grad_hidden = grad_rows.view(hidden_states.shape).to(hidden_states.dtype)
+    if not with_weight:
+        return [grad_hidden]
+    # The rows of all linear maps of the hidden states, (M, d), and their biases, (M - d,): the gate's has its sum.
+    grad_maps = grad_projected.t() @ rows
+    grad_biases = grad_projected[:, hidden_size:].sum(0, dtype=torch.float32)
+    grad_gate = torch.cat([grad_maps[:hidden_size], grad_logits.t() @ flat_features], dim=1)
+    grad_norm_weight, grad_norm_bias, grad_gate_bias = sums.sum(0)
+    first, second = slice(hidden_size, hidden_size + num_vectors), slice(hidden_size + num_vectors, used)
+    results = [
+        (reduce_weight, grad_maps[first]),
+        (reduce_bias, grad_biases[:num_vectors]),
+        (past_weight, grad_maps[second]),
+        (past_bias, grad_biases[num_vectors : 2 * num_vectors]),
+        (weight, grad_weight),
+        (bias, grad_bias),
+        (offset_weights, grad_offset_weights),
+        (gate_weight, grad_gate),
+        (gate_bias, grad_gate_bias),
+        (norm_weight, grad_norm_weight),
+        (norm_bias, grad_norm_bias),
+    ]
+    # Copies, since the results of an operator may share no memory.
+    return [grad_hidden, *(value.to(argument.dtype, copy=True) for argument, value in results if argument is not None)]
 
 
 @plucker_mixer_backward_op.register_fake
 def _(grad, projected, features, statistics, hidden_states, *args):
     *parameters, _, _, _, _, with_weight = args
-    return list(empty_gradients(hidden_states, *parameters, needed=(True, *[with_weight] * len(parameters))))
+    wanted = (hidden_states, *parameters[:-1]) if with_weight else (hidden_states,)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted if x is not None]
 
 
 def save_for_mixer_backward(ctx, inputs, output):
@@ -973,7 +938,11 @@ def mixer_backward(ctx, grad, *_):
     needed = ctx.needs_input_grad
     if grad is None:
         return (None,) * len(needed)
-    grads = plucker_mixer_backward_op(grad, *ctx.saved_tensors, ctx.num_heads, ctx.offsets, ctx.eps, any(needed[1:12]))
+    saved = ctx.saved_tensors
+    grads = plucker_mixer_backward_op(grad, *saved, ctx.num_heads, ctx.offsets, ctx.eps, any(needed[1:12]))
+    # Back in the places of the arguments, which begin behind what the forward saved.
+    grads = iter(grads)
+    grads = [None if argument is None else next(grads, None) for argument in saved[3:15]]
     return *(gradient if need else None for gradient, need in zip(grads, needed)), *[None] * 7
 
 
