@@ -289,8 +289,9 @@ def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str
 
     Args:
         backend (`str`): a key of `BACKENDS`, or `"auto"`: what the environment variable `GRASSMANN_BACKEND` names, or
-            else `"triton"` where it can serve and `"torch"` where it cannot.
-        tensor (`torch.Tensor`): what is to be mixed; its device and type matter.
+            else `"triton"` on a GPU where it can serve, and `"torch"` where it cannot and for single tokens, as in
+            decoding, for which launches cost more than they save.
+        tensor (`torch.Tensor` of shape `(B, T, ...)`): what is to be mixed; its device, type and length matter.
         reduced_size (`int`): `r`.
 
     Raises:
@@ -305,7 +306,7 @@ def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str
     if asked in ("naive", "torch"):
         return asked
     reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(tensor, reduced_size)
-    if reason is None and (asked == "triton" or tensor.is_cuda):
+    if reason is None and (asked == "triton" or (tensor.is_cuda and tensor.shape[1] > 1)):
         return "triton"
     # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
     if asked == "triton" and not torch.compiler.is_compiling():
@@ -681,10 +682,11 @@ class PluckerMixer(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the layers are no more than their parameters: no adapter, quantised weight or hook takes part."""
-        for layer in (self.reduce, self.reduce_past, self.gate_proj, self.norm):
+        for layer in (self.reduce, self.reduce_past, self.plucker_proj, self.gate_proj, self.norm):
             if layer is None:
                 continue
-            if type(layer) not in (nn.Linear, nn.LayerNorm) or type(layer.weight) not in (torch.Tensor, nn.Parameter):
+            own = type(layer) in (nn.Linear, nn.LayerNorm, PluckerProjection)
+            if not own or type(layer.weight) not in (torch.Tensor, nn.Parameter):
                 return False
             if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
                 return False

@@ -489,7 +489,7 @@ def why_not_triton(tensor: torch.Tensor, reduced_size: int) -> str | None:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as PyTorch's own matrix products are."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -571,7 +571,7 @@ def launch_forward(query, source, weight, bias, offset_weights, positions, offse
     features = query.new_empty(batch, length, hidden_size, dtype=dtype)
     if features.numel() == 0:
         return features
-    query, source, weight = unit_stride(query), unit_stride(source), unit_stride(weight)
+    query, source, weight, bias = map(unit_stride, (query, source, weight, bias))
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
@@ -602,7 +602,7 @@ def launch_backward(
     """
     batch, length, num_heads, r = query.shape
     hidden_size, num_tokens, dtype = weight.shape[0], batch * length, grad.dtype
-    query, source, weight = unit_stride(query), unit_stride(source), unit_stride(weight)
+    query, source, weight = map(unit_stride, (query, source, weight))
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     precision = dot_precision(dtype)
@@ -766,7 +766,8 @@ def stack(parts, dtype: torch.dtype) -> torch.Tensor:
 
 def split_projected(projected, batch, hidden_size, num_heads, r, separate):
     """Views of all projections `(B * T, M)`: logits `(B * T, d)`, query and source `(B, T, H, r)`."""
-    vectors = projected.view(batch, -1, projected.shape[1])[..., hidden_size:]  # (B, T, M - d)
+    length = projected.shape[0] // max(batch, 1)
+    vectors = projected.view(batch, length, projected.shape[1])[..., hidden_size:]  # (B, T, M - d)
     query = vectors[..., : num_heads * r].unflatten(-1, (num_heads, r))
     source = vectors[..., num_heads * r : 2 * num_heads * r].unflatten(-1, (num_heads, r)) if separate else query
     return projected[:, :hidden_size], query, source
@@ -814,8 +815,8 @@ def plucker_mixer_op(
     block_d = triton.next_power_of_2(hidden_size)
     block = max(1, 2048 // block_d)
     norm_kernel[(ceil_div(num_tokens, block),)](
-        projected, hidden_states, features, norm_weight, norm_bias, statistics, output, num_tokens, norm_eps,
-        hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
+        projected, hidden_states, features, unit_stride(norm_weight), unit_stride(norm_bias), statistics, output,
+        num_tokens, norm_eps, hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
     )  # fmt: skip
     return output, projected, features, statistics
 
@@ -883,7 +884,7 @@ def plucker_mixer_backward_op(
     steps = steps_per_program(num_tokens, block, 2112)
     sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
     norm_backward_kernel[(sums.shape[0],)](
-        grad.contiguous(), projected, rows, features, norm_weight, statistics, grad_projected, grad_rows,
+        grad.contiguous(), projected, rows, features, unit_stride(norm_weight), statistics, grad_projected, grad_rows,
         grad_features, sums, num_tokens,
         hidden_size=hidden_size, PROJECTED=projected.shape[1], STEPS=steps, BLOCK=block, BLOCK_D=block_d,
         num_warps=2 if block_d <= 256 else 4,
@@ -923,7 +924,7 @@ def plucker_mixer_backward_op(
 @plucker_mixer_backward_op.register_fake
 def _(grad, projected, features, statistics, hidden_states, *args):
     *parameters, _, _, _, _, with_weight = args
-    wanted = (hidden_states, *parameters[:-1]) if with_weight else (hidden_states,)
+    wanted = (hidden_states, *parameters) if with_weight else (hidden_states,)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted if x is not None]
 
 

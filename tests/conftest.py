@@ -2,8 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models of every flavour. Fixtures are factories, so that a test says what matters to it and nothing else."""
 
+import os
+
 import pytest
 import torch
+
+
+# Triton decides when it is imported whether kernels run on a GPU or, slowly, in its interpreter on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import AutoConfig, AutoModel
 
 from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, GrassmannPluckerForSequenceClassification

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 
@@ -357,6 +358,38 @@ def test_compiled_decoding_compiles_once_and_gives_the_eager_logits(backend, mak
                 )
             logits.append(output.logits)
     assert_equal(torch.cat(logits, dim=1), expected)
+
+
+def test_a_decoding_step_waits_for_no_value_of_a_tensor(make_cache, make_model, make_ids, flavour):
+    reads = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(function)
+            return function(*args, **(kwargs or {}))
+
+    model, ids = make_model(**flavour), make_ids(2, 12)
+    mask = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
+    cache = make_cache(model.config)
+    model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+    for t in range(9, 12):
+        with Record():
+            # As `generate` calls it.
+            inputs = model.prepare_inputs_for_generation(
+                ids[:, t : t + 1],
+                next_sequence_length=1,
+                past_key_values=cache,
+                attention_mask=mask[:, : t + 1],
+                position_ids=(mask[:, : t + 1].cumsum(1) - 1).clamp(min=0),
+                is_first_iteration=False,
+                use_cache=True,
+            )
+            model(**inputs)
+    assert cache.get_seq_length() == 12 and reads == []
+    with Record():
+        cache.get_seq_length().item()
+    assert len(reads) == 1
 
 
 def test_generate_with_a_compiled_static_state_gives_the_eager_tokens(make_model, make_ids, flavour):

@@ -1,14 +1,21 @@
 """The mathematics: the naive reference against a brute-force restatement, the exact collapse against the reference."""
 
 import math
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_grassmann import PluckerMixer, plucker, plucker_features, wedge
 from modeling_grassmann.plucker import NO_POSITION, is_pair, num_plucker_coordinates
@@ -244,6 +251,70 @@ def test_pairs_need_two_real_tokens_at_exactly_the_offset():
     assert not is_pair(torch.tensor([[3, 1, 2]]), 2, 3)[0, 0] and not is_pair(torch.tensor([[0, 5, 2]]), 5, 3).any()
 
 
+@pytest.mark.parametrize("r", range(2, 18))
+def test_the_order_of_halves_holds_each_plucker_coordinate_once(r):
+    generator = torch.Generator().manual_seed(0)
+    z, y = torch.randn(2, 2, r, 7, dtype=torch.float64, generator=generator)  # (H, r, n)
+    weight = torch.randn(3, 2 * num_plucker_coordinates(r), dtype=torch.float64, generator=generator)
+    coordinates = plucker.wedge_of_halves(z, y).flatten(0, 1).t()
+    columns = plucker.columns_of_halves(weight, 2, r)
+    assert (coordinates != 0).sum() == 7 * 2 * num_plucker_coordinates(r)
+    expected = wedge(*(vectors.permute(2, 0, 1) for vectors in (z, y))).flatten(1)
+    torch.testing.assert_close(coordinates @ columns.t(), expected @ weight.t())
+    if r & (r - 1) == 0:
+        assert columns.shape == weight.shape
+
+
+@pytest.mark.parametrize("r, heads", [(8, 1), (5, 2)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_no_scatter_runs_over_tokens(compiled, r, heads):
+    scatters = []
+
+    def record(name, tensors):
+        if any(word in name for word in ("scatter", "index_put", "index_add", "index_copy", "unfold_backward")):
+            scatters.append([size for tensor in tensors if isinstance(tensor, torch.Tensor) for size in tensor.shape])
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            record(str(function), tree_leaves((args, kwargs)))
+            return function(*args, **(kwargs or {}))
+
+    def compiler(graph, inputs):
+        for node in graph.graph.nodes:
+            record(str(node.target), [argument.meta.get("val") for argument in node.all_input_nodes])
+        return make_boxed_func(graph.forward)
+
+    mixer = PluckerMixer(16, r, [1, 2, 4], num_heads=heads, backend="torch")
+    torch._dynamo.reset()
+    function = torch.compile(mixer, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)) if compiled else mixer
+    # No other dimension has the length or the number of these tokens.
+    hidden_states = torch.randn(3, 37, 16, requires_grad=True)
+    with nullcontext() if compiled else Record():
+        function(hidden_states).square().sum().backward()
+    # The columns of the weight come in another order, which is undone by a scatter: the record is not empty.
+    assert scatters
+    assert not any(size in (37, 3 * 37) for sizes in scatters for size in sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("r, heads", [(8, 1), (5, 2)])
+def test_compiled_mixer_gives_the_eager_output_and_gradients(r, heads):
+    """It compiles C++ for half a minute."""
+    mixer = PluckerMixer(16, r, [1, 2, 4], num_heads=heads, backend="torch").double()
+    hidden_states = torch.randn(3, 37, 16, dtype=torch.float64, requires_grad=True)
+    positions = torch.arange(37).repeat(3, 1)
+    positions[0, :5] = NO_POSITION
+    positions[1, 20:] -= 20
+    torch._dynamo.reset()
+    results = []
+    for function in (mixer, torch.compile(mixer, fullgraph=True)):
+        output = function(hidden_states, positions)
+        results.append([output, *torch.autograd.grad(output.sin().sum(), [hidden_states, *mixer.parameters()])])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_wedge_is_alternating_and_depends_on_the_plane_alone():
     z, y = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(wedge(z, y), -wedge(y, z))
@@ -269,15 +340,17 @@ def test_mixer_is_the_papers_layer():
     torch.testing.assert_close(mixer(h), expected)
 
 
-def test_mixer_file_works_without_transformers():
+def test_mixer_files_work_without_transformers(tmp_path):
+    # With the kernels beside it, as a package of two files.
+    for name in ("plucker.py", "plucker_triton.py"):
+        shutil.copy(Path(plucker.__file__).with_name(name), tmp_path)
     program = f"""
-import importlib.util, sys
+import sys
 sys.modules["transformers"] = None
-spec = importlib.util.spec_from_file_location("plucker", {plucker.__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+sys.path.insert(0, {str(tmp_path.parent)!r})
 import torch
-print(module.PluckerMixer(16, 4, [1, 2])(torch.randn(2, 5, 16)).shape)
+from {tmp_path.name}.plucker import PluckerMixer
+print(PluckerMixer(16, 4, [1, 2])(torch.randn(2, 5, 16)).shape)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -286,7 +359,7 @@ print(module.PluckerMixer(16, 4, [1, 2])(torch.randn(2, 5, 16)).shape)
 
 def test_impossible_arguments_are_refused_by_name():
     query, source, weight, bias, _ = make_inputs()
-    with pytest.raises(ValueError, match=r"`backend` must be one of \['naive', 'torch'\], got 'cuda'"):
+    with pytest.raises(ValueError, match=r"must be one of \['auto', 'naive', 'torch', 'triton'\], got 'cuda"):
         plucker_features(query, source, weight, bias, [1], backend="cuda")
     with pytest.raises(ValueError, match="`weight` must have 1 x 10 columns"):
         plucker_features(query, source, weight[:, :-1], bias, [1])
