@@ -15,7 +15,7 @@ from modeling_grassmann.plucker import num_plucker_coordinates
 
 SIZES = {
     "13M": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024, "reduced_size": 32},
-    "110M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "reduced_size": 32},
+    "110M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "reduced_size": 64},
     # For tests of the benchmarks themselves.
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "reduced_size": 4, "vocab_size": 100},
 }

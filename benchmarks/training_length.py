@@ -9,8 +9,8 @@ A step is forward, loss, backward and an update by fused AdamW, under bfloat16 a
 step has the same number of tokens, in rows of one length; both models take turns. They have the same vocabulary, tied
 embeddings, no dropout and, within 1%, equally many parameters; Llama has heads of 64, SwiGLU, rotary positions and
 SDPA with its own causal flag. Both bodies are compiled, for each length alone or, with `--dynamic`, once with symbolic
-sizes; with `--graphs` they run as CUDA graphs, so that no model waits for Python. Both losses are one function of this package, Liger's fused linear cross-entropy on a GPU, which is not compiled
-and never forms all logits.
+sizes; with `--graphs` they run as CUDA graphs, so that no model waits for Python. Both losses are one function of this
+package, Liger's fused linear cross-entropy on a GPU, which is not compiled and never forms all logits.
 
 `--longest_seconds` looks for the longest context after that: one sequence, doubled until memory ends or the next step
 would take longer than what is left.

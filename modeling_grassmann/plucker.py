@@ -688,7 +688,7 @@ class PluckerMixer(nn.Module):
             own = type(layer) in (nn.Linear, nn.LayerNorm, PluckerProjection)
             if not own or type(layer.weight) not in (torch.Tensor, nn.Parameter):
                 return False
-            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
                 return False
         return self.out_proj is None
 

@@ -356,8 +356,8 @@ def tangents_backward_kernel(
         unit, inner, inverse_perpendicular = unit_tangent(z_hat, past, pair, eps)
         along = tl.sum(grad_mean * unit, axis=1)
         grad_perpendicular = (grad_mean - along[:, None] * unit) * (factor * inverse_perpendicular)[:, None]
-        across = tl.sum(grad_perpendicular * z_hat, axis=1)
-        grad_z_hat -= inner[:, None] * grad_perpendicular + across[:, None] * past
+        # No component along the direction has to be taken out: the wedge gives none to the tangent's gradient.
+        grad_z_hat -= inner[:, None] * grad_perpendicular
         if WEIGHTED:
             sums = grad_offset_weights + (tl.program_id(0) * H + head) * len(OFFSETS) + offset
             tl.store(sums, tl.sum(along, axis=0))
@@ -377,9 +377,7 @@ def tangents_backward_kernel(
         reader_grad *= (factor * reader_inverse)[:, None]
         unit, _, inverse_perpendicular = unit_tangent(reader_hat, y, pair, eps)
         along = tl.sum(reader_grad * unit, axis=1)
-        grad_perpendicular = (reader_grad - along[:, None] * unit) * inverse_perpendicular[:, None]
-        across = tl.sum(grad_perpendicular * reader_hat, axis=1)
-        grad_y += grad_perpendicular - across[:, None] * reader_hat
+        grad_y += (reader_grad - along[:, None] * unit) * inverse_perpendicular[:, None]
 
     radial = tl.sum(grad_z_hat * z_hat, axis=1)
     grad_z = (grad_z_hat - radial[:, None] * z_hat) * inverse_norm[:, None]

@@ -124,7 +124,8 @@ def test_packed_examples_have_the_loss_and_gradients_of_each_alone(
     joined = torch.arange(batch["input_ids"].shape[1])[None]
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
-        assert abs(trainer.compute_loss(trainer.model, {**batch, "position_ids": joined, "cu_seq_lens_q": None}) - loss) > 1e-3
+        one_sequence = {**batch, "position_ids": joined, "cu_seq_lens_q": None}
+        assert abs(trainer.compute_loss(trainer.model, one_sequence) - loss) > 1e-3
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
