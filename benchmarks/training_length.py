@@ -128,7 +128,8 @@ def make_step(model: PreTrainedModel, input_ids: torch.Tensor, args: TrainingArg
 
 def peak_bytes(model: PreTrainedModel, step: Callable[[], Any], args: TrainingArguments) -> int | None:
     """Largest memory of a step with the model's weights and optimizer's state, without what else is on the GPU."""
-    if args.device != "cuda":
+    if args.device != "cuda" or args.graphs:
+        # The memory of graphs is taken once and not seen to be used by their replays.
         return None
     states = [state for states in step.optimizer.state.values() for state in states.values()]
     others = torch.cuda.memory_allocated() - tensor_bytes([*model.parameters(), *filter(torch.is_tensor, states)])
