@@ -173,7 +173,8 @@ def make_passes(layer: Callable, hidden_states: torch.Tensor, output_gradient: t
 
     def forward_backward() -> list[torch.Tensor]:
         output = layer(hidden_states)
-        return [output, *torch.autograd.grad(output, inputs, output_gradient)]
+        # Without its graph, whose nodes would still belong to this stream when the next call is captured in another.
+        return [output.detach(), *torch.autograd.grad(output, inputs, output_gradient)]
 
     return dict(zip(PASSES, (forward, forward_backward)))
 

@@ -375,9 +375,7 @@ def test_one_function_that_fails_does_not_take_the_others_times(tmp_path):
 
 
 def test_the_page_on_speed_is_written_from_the_records():
-    modules = [module for _, module, _, _ in speed_page.SECTIONS]
-    paths = {module.__name__: speed_page.record_path(module) for module in modules}
-    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    records = {module.__name__: speed_page.load_records(module) for _, module, _, _ in speed_page.SECTIONS}
     assert speed_page.page(records) == (speed_page.DOCS / "speed.md").read_text(encoding="utf-8")
 
 
