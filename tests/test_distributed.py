@@ -131,8 +131,10 @@ def assert_same_curve(folder, expected):
     actual, expected = curve(folder), curve(expected)
     assert len(actual) == len(expected) > 9
     for entry, expected_entry in zip(actual, expected):
-        # The same sums in another order, and nine steps in which rounding may grow.
-        assert entry == pytest.approx(expected_entry, rel=1e-4)
+        assert entry.keys() == expected_entry.keys()
+        for name, value in entry.items():
+            # The same sums in another order, and nine steps in which rounding grows, most of all in the norm.
+            assert value == pytest.approx(expected_entry[name], rel=1e-3 if name == "grad_norm" else 1e-4), name
 
 
 @pytest.fixture(scope="module")
