@@ -11,6 +11,7 @@ from typing import Any
 
 import generation
 import mixer_length
+import training_cpu
 import training_length
 
 
@@ -48,12 +49,19 @@ SECTIONS = [
         "Greedy decoding in bfloat16 with CUDA graphs, against a Llama of as many parameters with a static cache.\n"
         "The Grassmann model's step does the same work on the same state at every context.",
     ),
+    (
+        "On two CPU cores",
+        training_cpu,
+        "python benchmarks/training_cpu.py --threads 2 --output training_cpu.json",
+        "Forward and backward of the body in float32, and decoding with a dynamic cache, in plain calls; 13M parameters,\n"
+        "no dropout.",
+    ),
 ]
 
 
 def load_records(module: Any) -> dict[Path, dict[str, Any]]:
     """Records of a benchmark by their files: one, or one for each part of it that was run alone."""
-    paths = sorted(RESULTS.glob(f"{module.__name__}*_h200.json"))
+    paths = sorted(RESULTS.glob(f"{module.__name__}*.json"))
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -66,7 +74,9 @@ def page(records: dict[str, dict[Path, dict[str, Any]]]) -> str:
             versions = [f"{name} {record[name]}" for name in ("torch", "triton", "transformers") if record.get(name)]
             where = f"{record['device_name']}, {', '.join(versions)}"
             parts.append(f"{where} ([record](../benchmarks/results/{path.name})):")
-            parts += [f"![{title}]({picture(path)})", module.table(record)]
+            if hasattr(module, "draw"):
+                parts.append(f"![{title}]({picture(path)})")
+            parts.append(module.table(record))
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,7 +88,7 @@ def main() -> None:
     records = {}
     for _, module, _, _ in SECTIONS:
         records[module.__name__] = load_records(module)
-        for path, record in records[module.__name__].items():
+        for path, record in records[module.__name__].items() if hasattr(module, "draw") else ():
             module.draw(record, str(DOCS / picture(path)))
     (DOCS / "speed.md").write_text(page(records), encoding="utf-8")
 
