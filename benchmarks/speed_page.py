@@ -53,8 +53,8 @@ SECTIONS = [
         "On two CPU cores",
         training_cpu,
         "python benchmarks/training_cpu.py --threads 2 --output training_cpu.json",
-        "Forward and backward of the body in float32, and decoding with a dynamic cache, in plain calls; 13M parameters,\n"
-        "no dropout.",
+        "Forward and backward of the body in float32, and decoding with a dynamic cache, in plain calls; 13M\n"
+        "parameters, no dropout.",
     ),
 ]
 

@@ -149,9 +149,9 @@ def measure_all(models: dict[str, PreTrainedModel], args: TrainingArguments) -> 
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(record: dict[str, Any]) -> str:
     lines = [["pass", "model", "batch", "length", "median ms", "IQR ms", "of llama's", "target"]]
-    for row in rows:
+    for row in record["rows"]:
         target = f"{TARGET:g}" if row["pass"] == "training" and row["model"].startswith("grassmann") else ""
         cells = [row["pass"], row["model"], str(row["batch_size"]), str(row["length"])]
         lines.append([*cells, f"{row['median_ms']:.2f}", f"{row['iqr_ms']:.2f}", f"{row['of_llama']:.2f}", target])
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     record = start_record(args, parameters={name: model.num_parameters() for name, model in models.items()})
     record["rows"] = measure_all(models, args)
-    print("\n" + table(record["rows"]))
+    print("\n" + table(record))
     write_record(record, args.output, parser)
 
 
