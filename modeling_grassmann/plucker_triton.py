@@ -34,6 +34,9 @@ except ImportError:
 
 
 MAX_REDUCED_SIZE = 128
+# Of an H100 or H200. Sums over tokens are split among a few times as many programs, on other GPUs too, so that their
+# order does not depend on the GPU.
+MULTIPROCESSORS = 132
 # That of `plucker.py`, which imports this file.
 NO_POSITION = -(2**31)
 # As Triton itself decides it, when kernels are declared.
@@ -623,7 +626,7 @@ def launch_backward(
         rows = num_heads * (r // 2) * r_padded
         block_p, block = block_of(rows, 64 if small else 128), 32 if small else 64
         blocks = (ceil_div(rows, block_p), ceil_div(hidden_size, block_d))
-        steps = steps_per_program(num_tokens, block, 132 // (blocks[0] * blocks[1]))
+        steps = steps_per_program(num_tokens, block, MULTIPROCESSORS // (blocks[0] * blocks[1]))
         splits = ceil_div(num_tokens, steps * block)
         sums = query.new_empty(splits, rows, hidden_size, dtype=torch.float32)
         weight_backward_kernel[(*blocks, splits)](
@@ -879,7 +882,7 @@ def plucker_mixer_backward_op(
     grad_rows, grad_features = torch.empty_like(rows), torch.empty_like(flat_features)
     block_d = triton.next_power_of_2(hidden_size)
     block = max(1, 512 // block_d)
-    steps = steps_per_program(num_tokens, block, 2112)
+    steps = steps_per_program(num_tokens, block, 16 * MULTIPROCESSORS)
     sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
     norm_backward_kernel[(sums.shape[0],)](
         grad.contiguous(), projected, rows, features, unit_stride(norm_weight), statistics, grad_projected, grad_rows,
