@@ -249,6 +249,9 @@ def stack_neighbours(source, positions, offsets: list[int], query_length: int) -
     and which of them form pairs, `(B, T, len(offsets))`, by the rule of [`is_pair`].
     """
     past_length = source.shape[1] - query_length
+    if not torch.compiler.is_compiling():
+        # Farther than any token, an offset finds none, and needs no more padding. Compiled code is for all lengths.
+        offsets = [max(-source.shape[1], min(delta, source.shape[1])) for delta in offsets]
     padding = (max(max(offsets) - past_length, 0), max(-min(offsets), 0))
     if any(padding):
         source = F.pad(source, (0, 0, 0, 0, *padding))

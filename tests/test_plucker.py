@@ -132,6 +132,16 @@ def test_both_backends_equal_the_papers_sums_written_out(problem, backend):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11 * max(1.0, 0.1 / sine) ** 2)
 
 
+def test_an_offset_beyond_the_row_finds_no_neighbour_and_takes_no_memory():
+    inputs = make_inputs(length=9, past=3, offsets=(1, 2**40, -(2**40)))
+    # Padding for such a neighbour would not fit in any memory.
+    actual, expected = (
+        outputs_and_gradients(inputs, (1, 2**40, -(2**40)), backend=backend) for backend in ("torch", "naive")
+    )
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_those_of_finite_differences(backend):
     inputs = make_inputs(batch=1, length=4, past=2, heads=2, r=3, hidden=2)
