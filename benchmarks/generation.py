@@ -34,7 +34,7 @@ from peers import (
     tensor_bytes,
 )
 from plots import COLOURS, log_axes, new_figure, save
-from timing import SweepArguments, free_memory, markdown, median_and_iqr, milliseconds, reason, run_sweep
+from timing import SweepArguments, check_known, free_memory, markdown, median_and_iqr, milliseconds, reason, run_sweep
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 
@@ -69,9 +69,7 @@ class GenerationArguments(SweepArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = sorted(set(self.sizes) - set(SIZES))
-        if unknown:
-            raise ValueError(f"sizes must be of {', '.join(SIZES)}, got {unknown[0]}")
+        check_known("sizes", self.sizes, SIZES)
         if min(self.contexts) <= self.decoded:
             raise ValueError(f"contexts must be more than the {self.decoded} decoded tokens, got {min(self.contexts)}")
 

@@ -30,6 +30,7 @@ from plots import COLOURS, log_axes, new_figure, save
 from timing import (
     SweepArguments,
     capture,
+    check_known,
     free_memory,
     markdown,
     median_and_iqr,
@@ -82,9 +83,7 @@ class LengthArguments(SweepArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = sorted(set(self.candidates) - set(CANDIDATES))
-        if unknown:
-            raise ValueError(f"candidates must be of {', '.join(CANDIDATES)}, got {unknown[0]}")
+        check_known("candidates", self.candidates, CANDIDATES)
         if min(self.lengths) < 1:
             raise ValueError(f"lengths must be at least 1, got {min(self.lengths)}")
 

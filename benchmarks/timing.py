@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,6 +69,16 @@ class SweepArguments(TimingArguments):
 
     def is_over(self) -> bool:
         return self.time_limit is not None and time.monotonic() - self.start > self.time_limit
+
+
+def check_known(name: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: if one of the values of an argument is not known.
+    """
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{name} must be of {', '.join(known)}, got {unknown[0]}")
 
 
 def milliseconds(function: Callable[[], Any], device: str) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from peers import SIZES, make_grassmann, make_llama
-from timing import TimingArguments, markdown, median_and_iqr, milliseconds, start_record, write_record
+from timing import TimingArguments, check_known, markdown, median_and_iqr, milliseconds, start_record, write_record
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedModel
 
 
@@ -45,8 +45,7 @@ class TrainingArguments(TimingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size not in SIZES:
-            raise ValueError(f"size must be of {', '.join(SIZES)}, got {self.size}")
+        check_known("size", [self.size], SIZES)
         for name in ("batch_sizes", "contexts"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {min(getattr(self, name))}")

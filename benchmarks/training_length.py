@@ -37,6 +37,7 @@ from peers import (
 from plots import COLOURS, log_axes, new_figure, save
 from timing import (
     SweepArguments,
+    check_known,
     free_memory,
     markdown,
     median_and_iqr,
@@ -81,9 +82,7 @@ class TrainingArguments(SweepArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = sorted(set(self.sizes) - set(SIZES))
-        if unknown:
-            raise ValueError(f"sizes must be of {', '.join(SIZES)}, got {unknown[0]}")
+        check_known("sizes", self.sizes, SIZES)
         if self.graphs and (self.dynamic or not self.compile):
             raise ValueError("graphs needs compiled bodies and one shape each: leave out dynamic, and keep compile")
         if self.loss == "auto":
