@@ -662,15 +662,11 @@ def launch_backward(
     return grad_weight, grad_bias, grad_offset_weights
 
 
-def empty_gradients(*tensors: torch.Tensor | None, needed=()) -> tuple[torch.Tensor, ...]:
-    """A tensor for the gradient of each argument, without elements for those that are `None` or not needed."""
-    device = next(tensor for tensor in tensors if tensor is not None).device
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if tensor is not None and need
-        else torch.empty(0, device=device)
-        for tensor, need in zip(tensors, needed)
-    )
+def in_places(grads, arguments, needed) -> list[torch.Tensor | None]:
+    """Gradients, which an operator gives without those of `None` and may end early, in the places of its arguments."""
+    grads = iter(grads)
+    grads = [None if argument is None else next(grads, None) for argument in arguments]
+    return [gradient if need else None for gradient, need in zip(grads, needed)]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_features", mutates_args=())
@@ -707,27 +703,29 @@ def plucker_features_backward_op(
     offsets: list[int],
     eps: float,
     with_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the five first arguments of [`plucker_features_op`]; without elements where there is none."""
-    needed = (True, True, with_weight, with_weight, True)
-    grads = empty_gradients(query, source, weight, bias, offset_weights, needed=needed)
+) -> list[torch.Tensor]:
+    """
+    Gradients of the first five arguments of [`plucker_features_op`], those that are not `None`; of the first two alone
+    without `with_weight`.
+    """
+    inputs, parameters = (query, source), (weight, bias, offset_weights) if with_weight else ()
     if grad.numel() == 0:
-        return tuple(gradient.zero_() for gradient in grads)
-    grad_query, grad_source, *parameters = grads
-    results = launch_backward(
+        return [torch.zeros_like(x) for x in (*inputs, *parameters) if x is not None]
+    grad_query, grad_source = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
+    )
+    grads = launch_backward(
         grad.contiguous(), query, query if source is None else source, weight, offset_weights, positions, offsets, eps,
-        grad_query, None if source is None else grad_source, with_weight,
+        grad_query, grad_source, with_weight,
     )  # fmt: skip
-    for target, result in zip(parameters, results):
-        if target.numel():
-            target.copy_(result)
-    return grads
+    grads = [value.to(argument.dtype) for argument, value in zip(parameters, grads) if argument is not None]
+    return [gradient for gradient in (grad_query, grad_source) if gradient is not None] + grads
 
 
 @plucker_features_backward_op.register_fake
 def _(grad, query, source, weight, bias, offset_weights, positions, offsets, eps, with_weight):
-    needed = (True, True, with_weight, with_weight, True)
-    return empty_gradients(query, source, weight, bias, offset_weights, needed=needed)
+    wanted = (query, source, weight, bias, offset_weights) if with_weight else (query, source)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted if x is not None]
 
 
 def save_for_features_backward(ctx, inputs, output):
@@ -736,10 +734,9 @@ def save_for_features_backward(ctx, inputs, output):
 
 
 def features_backward(ctx, grad):
-    needed = ctx.needs_input_grad
-    with_weight = needed[2] or needed[3]
-    grads = plucker_features_backward_op(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, with_weight)
-    return *(gradient if need else None for gradient, need in zip(grads, needed)), None, None, None, None
+    needed, saved = ctx.needs_input_grad, ctx.saved_tensors
+    grads = plucker_features_backward_op(grad, *saved, ctx.offsets, ctx.eps, any(needed[2:5]))
+    return *in_places(grads, saved[:5], needed), None, None, None, None
 
 
 plucker_features_op.register_autograd(features_backward, setup_context=save_for_features_backward)
@@ -942,10 +939,8 @@ def mixer_backward(ctx, grad, *_):
         return (None,) * len(needed)
     saved = ctx.saved_tensors
     grads = plucker_mixer_backward_op(grad, *saved, ctx.num_heads, ctx.offsets, ctx.eps, any(needed[1:12]))
-    # Back in the places of the arguments, which begin behind what the forward saved.
-    grads = iter(grads)
-    grads = [None if argument is None else next(grads, None) for argument in saved[3:15]]
-    return *(gradient if need else None for gradient, need in zip(grads, needed)), *[None] * 7
+    # The arguments begin behind what the forward saved.
+    return *in_places(grads, saved[3:15], needed), *[None] * 7
 
 
 plucker_mixer_op.register_autograd(mixer_backward, setup_context=save_for_mixer_backward)
