@@ -37,7 +37,8 @@ SECTIONS = [
         training_length,
         "python benchmarks/training_length.py --graphs --output training.json --plot training.png",
         "Forward, loss, backward and AdamW under bfloat16 autocast, against a Llama of as many parameters, both\n"
-        "bodies compiled and replayed as CUDA graphs; 65,536 tokens a step with 13M parameters, 16,384 with 110M.\n"
+        "bodies compiled and replayed as CUDA graphs, four steps in a row; 65,536 tokens a step with 13M parameters,\n"
+        "16,384 with 110M. Memory is of single steps without graphs.\n"
         "Column `of operations` is how many times the operations a token Llama needs. The vocabulary is filled up to\n"
         "a multiple of 64: with BERT's 30,522, rows of logits begin at odd addresses, and both models train slower.",
     ),

@@ -6,7 +6,8 @@
     python benchmarks/training_length.py --from_json training.json --plot training.png
 
 A step is forward, loss, backward and an update by fused AdamW, under bfloat16 autocast with weights of float32. Each
-step has the same number of tokens, in rows of one length; both models take turns. They have the same vocabulary, tied
+step has the same number of tokens, in rows of one length; both models take turns, `--steps` in a row each, as training
+does not wait for the GPU after a step. They have the same vocabulary, tied
 embeddings, no dropout and, within 1%, equally many parameters; Llama has heads of 64, SwiGLU, rotary positions and
 SDPA with its own causal flag. Both bodies are compiled, for each length alone or, with `--dynamic`, once with symbolic
 sizes; with `--graphs` they run as CUDA graphs, so that no model waits for Python. Both losses are one function of this
@@ -65,6 +66,7 @@ class TrainingArguments(SweepArguments):
         default_factory=lambda: [256, 1024, 4096, 16384, 65536], metadata={"help": "Tokens per sequence."}
     )
     tokens: int = field(default=65536, metadata={"help": "Tokens per step; a longer sequence is a step of its own."})
+    steps: int = field(default=4, metadata={"help": "Steps in a row that are timed together."})
     compile: bool = field(default=True, metadata={"help": "Whether to compile the models' bodies."})
     dynamic: bool = field(default=False, metadata={"help": "Compile once with symbolic sizes: quick, less fast."})
     graphs: bool = field(
@@ -78,7 +80,7 @@ class TrainingArguments(SweepArguments):
     )
     longest_from: int = field(default=131072, metadata={"help": "The first length of that search."})
 
-    POSITIVE = ("repeats", "tokens", "longest_from")
+    POSITIVE = ("repeats", "tokens", "steps", "longest_from")
 
     def __post_init__(self):
         super().__post_init__()
@@ -203,11 +205,12 @@ def measure_length(
             model.zero_grad()
             free_memory(args.device)
     if steps:
-        times, failures = take_turns(steps, args)
+        runs = {name: lambda step=step: [step() for _ in range(args.steps)] for name, step in steps.items()}
+        times, failures = take_turns(runs, args)
         for name, failed in failures.items():
             rows[name]["failed"] = failed
         for name, samples in times.items():
-            rows[name] |= median_and_iqr(samples)
+            rows[name] |= median_and_iqr([sample / args.steps for sample in samples])
             rows[name]["tokens_per_second"] = batch_size * length / rows[name]["median_ms"] * 1e3
     return list(rows.values())
 

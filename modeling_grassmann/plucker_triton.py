@@ -14,8 +14,8 @@ antisymmetric :math:`A_{ij} \in R^d` holds the columns of the projection.
 - [`tangents_backward_kernel`] gathers what a token gets as itself and as a neighbour of others.
 
 [`plucker_mixer_triton`] is the whole mixer, from its linear maps, which are cuBLAS's, to its LayerNorm. The backward
-starts from the reduced vectors again, so that no tensor with P or |W| r numbers a token ever exists. Sums over tokens
-have a fixed order: the same inputs give the same bits.
+starts from direction and tangent, so that no tensor with P or |W| r numbers a token ever exists. Sums over tokens have
+a fixed order: the same inputs give the same bits.
 """
 
 import re
@@ -111,6 +111,13 @@ def tangents_kernel(
     tl.store(tangent + rows, (mean * inverse[:, None]).to(dtype), mask=in_vector)
     if head == 0:
         tl.store(inverse_count + token, tl.where(count > 0, inverse, 0.0), mask=real)
+        # The only plane of two coordinates more tells whether there is a pair: the bias is its column.
+        flag = tl.num_programs(1).to(tl.int64) * r * num_tokens + token
+        one = tl.full([BLOCK], 1.0, dtype)
+        tl.store(direction + flag, (count > 0).to(dtype), mask=real)
+        tl.store(direction + flag + num_tokens, 0.0 * one, mask=real)
+        tl.store(tangent + flag, 0.0 * one, mask=real)
+        tl.store(tangent + flag + num_tokens, one, mask=real)
 
 
 @triton.jit
@@ -242,7 +249,10 @@ def weight_backward_kernel(
     hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Products of coordinates and gradient, summed over each split's tokens: `(splits, H * (r / 2) * R_PADDED, d)`."""
+    """
+    Products of coordinates and gradient, summed over each split's tokens: `(splits, H * (r / 2) * R_PADDED, d)`. The
+    last row has no pair of its own, as `i` ends at `r / 2` halfway around, and holds the gradient of the bias.
+    """
     ROWS: tl.constexpr = H * (r // 2) * R_PADDED
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -251,8 +261,10 @@ def weight_backward_kernel(
     j = i + row // R_PADDED % (r // 2) + 1
     j = tl.where(j >= r, j - r, j)
     head = row // (R_PADDED * (r // 2))
-    i_row = (head * r + i).to(tl.int64)[:, None] * num_tokens
-    j_row = (head * r + j).to(tl.int64)[:, None] * num_tokens
+    is_bias = row == ROWS - 1
+    exists |= is_bias
+    i_row = tl.where(is_bias, H * r, head * r + i).to(tl.int64)[:, None] * num_tokens
+    j_row = tl.where(is_bias, H * r + 1, head * r + j).to(tl.int64)[:, None] * num_tokens
 
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_channels = channel < hidden_size
@@ -274,11 +286,11 @@ def weight_backward_kernel(
 
 @triton.jit
 def unpack_kernel(
-    sums, grad_weight, num_splits,
+    sums, grad_weight, grad_bias, num_splits,
     hidden_size: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R_PADDED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum the splits of [`weight_backward_kernel`] into the gradient of the projection: `(d, H * P)`."""
+    """Sum the splits of [`weight_backward_kernel`] into the gradients of the projection `(d, H * P)` and its bias."""
     P: tl.constexpr = r * (r - 1) // 2
     ROWS: tl.constexpr = H * (r // 2) * R_PADDED
     column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -292,25 +304,31 @@ def unpack_kernel(
     ahead = 2 * (j - i) <= r
     shift = tl.where(ahead, j - i, r - (j - i))
     row = (head * (r // 2) + shift - 1) * R_PADDED + tl.where(ahead, i, j)
+    is_bias = column == H * P
+    row = tl.where(is_bias, ROWS - 1, row)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (column < H * P)[:, None] & (channel < hidden_size)[None, :]
+    mask = (column <= H * P)[:, None] & (channel < hidden_size)[None, :]
     split = tl.arange(0, BLOCK_S)
     rows = (split[:, None] * ROWS + row[None, :]).to(tl.int64)
     pointers = sums + rows[:, :, None] * hidden_size + channel[None, None, :]
     total = tl.sum(tl.load(pointers, mask=(split < num_splits)[:, None, None] & mask[None, :, :], other=0.0), axis=0)
+    bias_pointers = grad_bias + channel[None, :] + 0 * column[:, None]
+    tl.store(bias_pointers, total.to(grad_bias.dtype.element_ty), mask=mask & is_bias[:, None])
     total = tl.where(ahead[:, None], total, -total).to(grad_weight.dtype.element_ty)
-    tl.store(grad_weight + channel[None, :].to(tl.int64) * (H * P) + column[:, None], total, mask=mask)
+    pointers = grad_weight + channel[None, :].to(tl.int64) * (H * P) + column[:, None]
+    tl.store(pointers, total, mask=mask & ~is_bias[:, None])
 
 
 @triton.jit
 def tangents_backward_kernel(
     query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
-    grad_query, grad_source, grad_offset_weights, num_places, length, source_length, eps,
+    grad_query, grad_source, grad_offset_weights, sums, num_places, length, source_length, eps,
     query_batch, query_token, query_head, source_batch, source_token, source_head, position_batch, position_token,
     grad_query_batch, grad_query_token, grad_query_head, grad_source_batch, grad_source_token, grad_source_head,
     H: tl.constexpr, r: tl.constexpr, OFFSETS: tl.constexpr, NO_POSITION: tl.constexpr, WEIGHTED: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """`sums` holds each program's sums over its tokens: `((1 or 2) * H * r, programs)`, the source's at the end."""
     head = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_places
@@ -344,6 +362,7 @@ def tangents_backward_kernel(
         other=0.0,
     ).to(tl.float32)
     grad_y = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+    ratios = tl.zeros([BLOCK], tl.float32)
     for offset in tl.static_range(len(OFFSETS)):
         factor = 1.0
         if WEIGHTED:
@@ -358,12 +377,13 @@ def tangents_backward_kernel(
         past = tl.load(pointers, mask=pair[:, None] & in_vector, other=0.0).to(tl.float32)
         unit, inner, inverse_perpendicular = unit_tangent(z_hat, past, pair, eps)
         along = tl.sum(grad_mean * unit, axis=1)
-        grad_perpendicular = (grad_mean - along[:, None] * unit) * (factor * inverse_perpendicular)[:, None]
         # No component along the direction has to be taken out: the wedge gives none to the tangent's gradient.
-        grad_z_hat -= inner[:, None] * grad_perpendicular
+        ratio = inner * factor * inverse_perpendicular
+        ratios += ratio
+        grad_z_hat += (ratio * along)[:, None] * unit
         if WEIGHTED:
-            sums = grad_offset_weights + (tl.program_id(0) * H + head) * len(OFFSETS) + offset
-            tl.store(sums, tl.sum(along, axis=0))
+            offset_sum = grad_offset_weights + (tl.program_id(0) * H + head) * len(OFFSETS) + offset
+            tl.store(offset_sum, tl.sum(along, axis=0))
 
         # This token as the neighbour of another.
         reader = token + OFFSETS[offset]
@@ -377,21 +397,25 @@ def tangents_backward_kernel(
         pointers = grad_tangent + (gradient_row + reader.to(tl.int64) * H * r)[:, None] + column[None, :]
         reader_grad = tl.load(pointers, mask=pair[:, None] & in_vector, other=0.0)
         reader_inverse = tl.load(inverse_count + batch * length + reader, mask=pair, other=0.0)
-        reader_grad *= (factor * reader_inverse)[:, None]
         unit, _, inverse_perpendicular = unit_tangent(reader_hat, y, pair, eps)
         along = tl.sum(reader_grad * unit, axis=1)
-        grad_y += (reader_grad - along[:, None] * unit) * inverse_perpendicular[:, None]
+        scale = factor * reader_inverse * inverse_perpendicular
+        grad_y += scale[:, None] * (reader_grad - along[:, None] * unit)
 
+    grad_z_hat -= ratios[:, None] * grad_mean
     radial = tl.sum(grad_z_hat * z_hat, axis=1)
     grad_z = (grad_z_hat - radial[:, None] * z_hat) * inverse_norm[:, None]
+    sum_pointers = sums + (head * r + column) * tl.num_programs(0) + tl.program_id(0)
     if SHARED:
         grad_z += grad_y
     else:
+        tl.store(sum_pointers + H * r * tl.num_programs(0), tl.sum(grad_y, axis=0), mask=column < r)
         row = (
             grad_source + batch * grad_source_batch + place.to(tl.int64) * grad_source_token + head * grad_source_head
         )
         mask = exists[:, None] & in_vector
         tl.store(row[:, None] + column[None, :], grad_y.to(grad_source.dtype.element_ty), mask=mask)
+    tl.store(sum_pointers, tl.sum(grad_z, axis=0), mask=column < r)
     row = grad_query + batch * grad_query_batch + token.to(tl.int64) * grad_query_token + head * grad_query_head
     mask = is_query[:, None] & in_vector
     tl.store(row[:, None] + column[None, :], grad_z.to(grad_query.dtype.element_ty), mask=mask)
@@ -427,9 +451,8 @@ def norm_kernel(
 @triton.jit
 def norm_backward_kernel(
     grad, projected, hidden_states, features, norm_weight, statistics,
-    grad_projected, grad_hidden, grad_features, sums, num_tokens,
-    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_projected, grad_hidden, grad_features, sums, num_tokens, steps,
+    hidden_size: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """
     Gradients of the logits, and of `h` and `g` but for what goes through the logits. `sums` holds those of the norm's
@@ -442,8 +465,8 @@ def norm_backward_kernel(
     weight_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     bias_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     logits_total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for step in range(STEPS):
-        token = ((tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    for step in tl.range(steps, num_stages=3):
+        token = ((tl.program_id(0) * steps + step) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         real = token < num_tokens
         in_row = real[:, None] & in_channels[None, :]
         places = token[:, None] * hidden_size + channel[None, :]
@@ -462,11 +485,12 @@ def norm_backward_kernel(
         across = tl.sum(dy, axis=1) / hidden_size
         along = tl.sum(dy * normalised, axis=1) / hidden_size
         dy = (dy - across[:, None] - along[:, None] * normalised) * inverse[:, None]
-        da = tl.where(in_row, dy * (h - g) * alpha * (1.0 - alpha), 0.0)
-        logits_total += da
-        tl.store(grad_projected + logits_places, da.to(grad_projected.dtype.element_ty), mask=in_row)
-        tl.store(grad_hidden + places, (dy * alpha).to(grad_hidden.dtype.element_ty), mask=in_row)
-        tl.store(grad_features + places, (dy * (1.0 - alpha)).to(grad_features.dtype.element_ty), mask=in_row)
+        to_hidden = dy * alpha
+        to_logits = to_hidden * (1.0 - alpha) * (h - g)
+        logits_total += to_logits
+        tl.store(grad_projected + logits_places, to_logits.to(grad_projected.dtype.element_ty), mask=in_row)
+        tl.store(grad_hidden + places, to_hidden.to(grad_hidden.dtype.element_ty), mask=in_row)
+        tl.store(grad_features + places, (dy - to_hidden).to(grad_features.dtype.element_ty), mask=in_row)
     row = sums + tl.program_id(0) * 3 * hidden_size + channel
     tl.store(row, tl.sum(weight_total, axis=0), mask=in_channels)
     tl.store(row + hidden_size, tl.sum(bias_total, axis=0), mask=in_channels)
@@ -477,6 +501,8 @@ def why_not_triton(tensor: torch.Tensor, reduced_size: int) -> str | None:
     """Why the kernels cannot take tensors like this one; `None` if they can."""
     if not (tensor.is_cuda or INTERPRETED):
         return f"its kernels run on CUDA devices, and the tensors are on {tensor.device.type!r}"
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
     if tensor.dtype not in DTYPES:
         return f"its kernels compute in bfloat16, float16 or float32, and the tensors are {tensor.dtype}"
     if tensor.dtype == torch.bfloat16 and INTERPRETED:
@@ -530,21 +556,30 @@ def is_small(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or shared_memory(tensor.device) < 200 * 1024
 
 
-def make_tangents(query, source, positions, offset_weights, offsets, eps, dtype):
-    """Launch [`tangents_kernel`]: direction and tangent `(H, r, B * T)`, and one over the numbers of pairs."""
+def empty_tangents(query, dtype):
+    """Memory for what [`make_tangents`] gives."""
     batch, length, num_heads, r = query.shape
-    direction, tangent = query.new_empty(2, num_heads, r, batch * length, dtype=dtype).unbind(0)
-    inverse_count = query.new_empty(batch * length, dtype=torch.float32)
+    tangents = query.new_empty(2, num_heads * r + 2, batch * length, dtype=dtype)
+    return tangents, query.new_empty(batch * length, dtype=torch.float32)
+
+
+def make_tangents(query, source, positions, offset_weights, offsets, eps, dtype):
+    """
+    Launch [`tangents_kernel`]: direction and tangent `(2, H * r + 2, B * T)`, with two coordinates more that tell
+    which tokens have pairs, and one over the numbers of pairs `(B * T,)`.
+    """
+    batch, length, num_heads, r = query.shape
+    tangents, inverse_count = empty_tangents(query, dtype)
     block_r = triton.next_power_of_2(r)
     block = max(16, 1024 // block_r)
     tangents_kernel[(ceil_div(batch * length, block), num_heads)](
-        query, source, positions, offset_weights, direction, tangent, inverse_count,
+        query, source, positions, offset_weights, tangents[0], tangents[1], inverse_count,
         batch * length, length, source.shape[1], eps,
         *query.stride()[:3], *source.stride()[:3], *positions.stride(),
         r=r, OFFSETS=tuple(offsets), NO_POSITION=NO_POSITION, WEIGHTED=offset_weights is not None,
         BLOCK=block, BLOCK_R=block_r,
     )  # fmt: skip
-    return direction, tangent, inverse_count
+    return tangents, inverse_count
 
 
 def pack_weight(weight, num_heads, r, dtype, cyclic):
@@ -565,17 +600,17 @@ def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype) -> torch.Tensor:
-    """[`plucker_features_triton`], computed and returned in `dtype`."""
+def launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype):
+    """[`plucker_features_triton`], computed and returned in `dtype`, and what [`make_tangents`] made."""
     batch, length, num_heads, r = query.shape
     hidden_size, num_tokens = weight.shape[0], batch * length
     features = query.new_empty(batch, length, hidden_size, dtype=dtype)
     if features.numel() == 0:
-        return features
+        return features, *empty_tangents(query, dtype)
     query, source, weight, bias = map(unit_stride, (query, source, weight, bias))
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
-    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
+    tangents, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
     packed = pack_weight(weight, num_heads, r, dtype, cyclic=True)
     block_i, block_d = pair_block(r), channel_block(hidden_size)
     r_padded, block = ceil_div(r, block_i) * block_i, block_of(num_tokens, 64)
@@ -583,23 +618,24 @@ def launch_forward(query, source, weight, bias, offset_weights, positions, offse
         # Few tokens, as in decoding: more programs with less to do each.
         block_d = min(block_d, 32)
     project_kernel[(ceil_div(num_tokens, block), packed.shape[1] // block_d)](
-        direction, tangent, packed, bias, inverse_count, features, num_tokens,
+        tangents[0], tangents[1], packed, bias, inverse_count, features, num_tokens,
         hidden_size=hidden_size, padded_size=packed.shape[1], H=num_heads, r=r, R_PADDED=r_padded,
         BIAS=bias is not None, PRECISION=dot_precision(dtype), BLOCK=block, BLOCK_I=block_i, BLOCK_D=block_d,
         num_warps=4, num_stages=2 if is_small(query, dtype) else 3,
     )  # fmt: skip
-    return features
+    return features, tangents, inverse_count
 
 
 def launch_backward(
-    grad, query, source, weight, offset_weights, positions, offsets, eps, grad_query, grad_source, with_weight
-):
+    grad, tangents, inverse_count, query, source, weight, offset_weights, positions, offsets, eps,
+    grad_query, grad_source, with_weight,
+):  # fmt: skip
     """
     Fill `grad_query` and, unless it is `None` because the source is the query, `grad_source`.
 
     Returns:
-        The gradients of weight and bias in the type of `grad`, `None` without `with_weight`, and that of the offset
-        weights, `None` without them.
+        The gradients of weight and bias, `None` without `with_weight`, that of the offset weights, `None` without
+        them, and the sums of `grad_query` and then `grad_source` over tokens, `((1 or 2) * H * r,)`.
     """
     batch, length, num_heads, r = query.shape
     hidden_size, num_tokens, dtype = weight.shape[0], batch * length, grad.dtype
@@ -607,7 +643,7 @@ def launch_backward(
     offset_weights = None if offset_weights is None else offset_weights.contiguous()
     positions = positions.expand(batch, -1)
     precision = dot_precision(dtype)
-    direction, tangent, inverse_count = make_tangents(query, source, positions, offset_weights, offsets, eps, dtype)
+    direction, tangent = tangents.unbind(0)
     small, block_i, block_d = is_small(query, dtype), pair_block(r), channel_block(hidden_size)
     r_padded = ceil_div(r, block_i) * block_i
 
@@ -636,30 +672,33 @@ def launch_backward(
             num_warps=8, num_stages=2 if small else 3,
         )  # fmt: skip
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        unpack_kernel[(ceil_div(weight.shape[1], 4), ceil_div(hidden_size, 64))](
-            sums, grad_weight, splits, hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded,
+        grad_bias = weight.new_empty(hidden_size)
+        # One column more, for the bias.
+        unpack_kernel[(ceil_div(weight.shape[1] + 1, 4), ceil_div(hidden_size, 64))](
+            sums, grad_weight, grad_bias, splits, hidden_size=hidden_size, H=num_heads, r=r, R_PADDED=r_padded,
             BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=4, BLOCK_D=64,
         )  # fmt: skip
-        # (B * T,) x (B, T, d) -> (d,)
-        grad_bias = (inverse_count > 0).to(dtype) @ grad.view(num_tokens, hidden_size)
 
     block_r = triton.next_power_of_2(r)
     block = max(16, 1024 // block_r)
     num_places = batch * source.shape[1]
     blocks = ceil_div(num_places, block)
-    weight_sums = query.new_empty(blocks, num_heads, len(offsets), dtype=torch.float32)
     shared = grad_source is None
+    weight_sums = query.new_empty(blocks, num_heads, len(offsets), dtype=torch.float32)
+    vector_sums = query.new_empty((1 if shared else 2) * num_heads * r, blocks, dtype=torch.float32)
     grad_strides = [*grad_query.stride()[:3], *(grad_query if shared else grad_source).stride()[:3]]
     tangents_backward_kernel[(blocks, num_heads)](
         query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
-        grad_query, grad_source, weight_sums, num_places, length, source.shape[1], eps,
+        grad_query, grad_source, weight_sums, vector_sums, num_places, length, source.shape[1], eps,
         *query.stride()[:3], *source.stride()[:3], *positions.stride(), *grad_strides,
         H=num_heads, r=r, OFFSETS=tuple(offsets), NO_POSITION=NO_POSITION, WEIGHTED=offset_weights is not None,
         SHARED=shared, BLOCK=block, BLOCK_R=block_r,
+        # One more block on each multiprocessor is worth the few registers that go to memory.
+        maxnreg=128,
     )  # fmt: skip
     if offset_weights is not None:
-        grad_offset_weights = weight_sums.sum(0).to(offset_weights.dtype)
-    return grad_weight, grad_bias, grad_offset_weights
+        grad_offset_weights = weight_sums.sum(0)
+    return grad_weight, grad_bias, grad_offset_weights, vector_sums.sum(1)
 
 
 def in_places(grads, arguments, needed) -> list[torch.Tensor | None]:
@@ -680,20 +719,26 @@ def plucker_features_op(
     offsets: list[int],
     eps: float,
     dtype: torch.dtype,
-) -> torch.Tensor:
-    """[`plucker_features_triton`] with `source=None` for the query itself, computed and returned in `dtype`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`plucker_features_triton`] with `source=None` for the query itself, computed and returned in `dtype`, and what its
+    backward starts from: direction and tangent, and one over the numbers of pairs.
+    """
     source = query if source is None else source
     return launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype)
 
 
 @plucker_features_op.register_fake
 def _(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype):
-    return query.new_empty(query.shape[0], query.shape[1], weight.shape[0], dtype=dtype)
+    features = query.new_empty(query.shape[0], query.shape[1], weight.shape[0], dtype=dtype)
+    return features, *empty_tangents(query, dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_features_backward", mutates_args=())
 def plucker_features_backward_op(
     grad: torch.Tensor,
+    tangents: torch.Tensor,
+    inverse_count: torch.Tensor,
     query: torch.Tensor,
     source: torch.Tensor | None,
     weight: torch.Tensor,
@@ -714,29 +759,31 @@ def plucker_features_backward_op(
     grad_query, grad_source = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
-    grads = launch_backward(
-        grad.contiguous(), query, query if source is None else source, weight, offset_weights, positions, offsets, eps,
-        grad_query, grad_source, with_weight,
+    *grads, _ = launch_backward(
+        grad.contiguous(), tangents, inverse_count, query, query if source is None else source, weight, offset_weights,
+        positions, offsets, eps, grad_query, grad_source, with_weight,
     )  # fmt: skip
     grads = [value.to(argument.dtype) for argument, value in zip(parameters, grads) if argument is not None]
     return [gradient for gradient in (grad_query, grad_source) if gradient is not None] + grads
 
 
 @plucker_features_backward_op.register_fake
-def _(grad, query, source, weight, bias, offset_weights, positions, offsets, eps, with_weight):
-    wanted = (query, source, weight, bias, offset_weights) if with_weight else (query, source)
+def _(grad, tangents, inverse_count, query, source, weight, bias, offset_weights, positions, *args):
+    wanted = (query, source, weight, bias, offset_weights) if args[-1] else (query, source)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted if x is not None]
 
 
 def save_for_features_backward(ctx, inputs, output):
     *tensors, ctx.offsets, ctx.eps, _ = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def features_backward(ctx, grad):
+def features_backward(ctx, grad, *_):
     needed, saved = ctx.needs_input_grad, ctx.saved_tensors
     grads = plucker_features_backward_op(grad, *saved, ctx.offsets, ctx.eps, any(needed[2:5]))
-    return *in_places(grads, saved[:5], needed), None, None, None, None
+    # The arguments begin behind what the forward saved.
+    return *in_places(grads, saved[2:7], needed), None, None, None, None
 
 
 plucker_features_op.register_autograd(features_backward, setup_context=save_for_features_backward)
@@ -752,14 +799,17 @@ def plucker_features_triton(query, source, weight, bias, offsets, positions, off
     """[`plucker.plucker_features`] on a GPU; under autocast the products are in its type."""
     source = None if source is query else source
     dtype = compute_dtype(query, weight)
-    return plucker_features_op(query, source, weight, bias, offset_weights, positions, list(offsets), eps, dtype)
+    features, *_ = plucker_features_op(
+        query, source, weight, bias, offset_weights, positions, list(offsets), eps, dtype
+    )
+    return features
 
 
 def stack(parts, dtype: torch.dtype) -> torch.Tensor:
     """Rows of linear maps or of their biases, one after the other, filled up with zeros to a multiple of eight."""
-    parts = [part.to(dtype) for part in parts if part is not None]
     missing = -sum(part.shape[0] for part in parts) % 8
-    return torch.cat([*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])])
+    filling = [parts[0].new_zeros(missing, *parts[0].shape[1:])] if missing else []
+    return torch.cat([*parts, *filling]).to(dtype)
 
 
 def split_projected(projected, batch, hidden_size, num_heads, r, separate):
@@ -773,62 +823,64 @@ def split_projected(projected, batch, hidden_size, num_heads, r, separate):
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_mixer", mutates_args=())
 def plucker_mixer_op(
-    hidden_states: torch.Tensor,
-    reduce_weight: torch.Tensor,
-    reduce_bias: torch.Tensor,
-    past_weight: torch.Tensor | None,
-    past_bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    maps: torch.Tensor,
+    biases: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     offset_weights: torch.Tensor | None,
-    gate_weight: torch.Tensor,
-    gate_bias: torch.Tensor,
+    gate: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
+    hidden_states: torch.Tensor,
     positions: torch.Tensor,
     num_heads: int,
+    reduced_size: int,
+    separate: bool,
     offsets: list[int],
     eps: float,
     norm_eps: float,
-    dtype: torch.dtype,
     output_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[`plucker_mixer_triton`], and what its backward starts from: projections, features and the norm's statistics."""
-    batch, length, hidden_size = hidden_states.shape
-    num_tokens, r = batch * length, reduce_weight.shape[0] // num_heads
-    hidden_states = hidden_states.contiguous()
-    output = torch.empty_like(hidden_states, dtype=output_dtype)
-    statistics = hidden_states.new_empty(num_tokens, 2, dtype=torch.float32)
-    # All linear maps of the hidden states are one product.
-    maps = stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype)
-    biases = stack((gate_bias, reduce_bias, past_bias), dtype)
-    rows = hidden_states.to(dtype).view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
-    projected = torch.addmm(biases, rows, maps.t())  # (B * T, M)
-    logits, query, source = split_projected(projected, batch, hidden_size, num_heads, r, past_weight is not None)
-    features = launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype)
-    if num_tokens == 0:
-        return output, projected, features, statistics
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`plucker_mixer_triton`], and what its backward starts from: projections, features, direction and tangent, one over
+    the numbers of pairs, and the norm's statistics.
 
-    logits.addmm_(features.view(num_tokens, hidden_size), gate_weight[:, hidden_size:].to(dtype).t())
+    `rows` are the hidden states in the type of products. They get the whole gradient of the hidden states, which are
+    an argument of their own for the sake of their precision. `maps` are all linear maps of them, one after the other,
+    and `gate` is the gate's map of the features.
+    """
+    batch, length, hidden_size = rows.shape
+    num_tokens, dtype = batch * length, rows.dtype
+    rows, hidden_states = rows.contiguous(), hidden_states.contiguous()
+    output = torch.empty_like(hidden_states, dtype=output_dtype)
+    statistics = rows.new_empty(num_tokens, 2, dtype=torch.float32)
+    projected = torch.addmm(biases, rows.view(num_tokens, hidden_size), maps.t())  # (B * T, M)
+    logits, query, source = split_projected(projected, batch, hidden_size, num_heads, reduced_size, separate)
+    features, *pairs = launch_forward(query, source, weight, bias, offset_weights, positions, offsets, eps, dtype)
+    if num_tokens == 0:
+        return output, projected, features, *pairs, statistics
+
+    logits.addmm_(features.view(num_tokens, hidden_size), gate.t())
     block_d = triton.next_power_of_2(hidden_size)
     block = max(1, 2048 // block_d)
     norm_kernel[(ceil_div(num_tokens, block),)](
         projected, hidden_states, features, unit_stride(norm_weight), unit_stride(norm_bias), statistics, output,
         num_tokens, norm_eps, hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d,
     )  # fmt: skip
-    return output, projected, features, statistics
+    return output, projected, features, *pairs, statistics
 
 
 @plucker_mixer_op.register_fake
-def _(hidden_states, reduce_weight, reduce_bias, past_weight, *args):
-    *_, dtype, output_dtype = args
-    num_tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
-    size = hidden_size + reduce_weight.shape[0] * (1 if past_weight is None else 2)
+def _(rows, maps, biases, weight, bias, offset_weights, gate, norm_weight, norm_bias, hidden_states, *args):
+    _, num_heads, reduced_size, *_, output_dtype = args
+    (batch, length, _), dtype = rows.shape, rows.dtype
     return (
         torch.empty_like(hidden_states, dtype=output_dtype, memory_format=torch.contiguous_format),
-        hidden_states.new_empty(num_tokens, ceil_div(size, 8) * 8, dtype=dtype),
-        hidden_states.new_empty(hidden_states.shape, dtype=dtype),
-        hidden_states.new_empty(num_tokens, 2, dtype=torch.float32),
+        rows.new_empty(batch * length, maps.shape[0]),
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+        *empty_tangents(rows.new_empty(batch, length, num_heads, reduced_size), dtype),
+        rows.new_empty(batch * length, 2, dtype=torch.float32),
     )
 
 
@@ -837,98 +889,89 @@ def plucker_mixer_backward_op(
     grad: torch.Tensor,
     projected: torch.Tensor,
     features: torch.Tensor,
+    tangents: torch.Tensor,
+    inverse_count: torch.Tensor,
     statistics: torch.Tensor,
-    hidden_states: torch.Tensor,
-    reduce_weight: torch.Tensor,
-    reduce_bias: torch.Tensor,
-    past_weight: torch.Tensor | None,
-    past_bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    maps: torch.Tensor,
+    biases: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     offset_weights: torch.Tensor | None,
-    gate_weight: torch.Tensor,
-    gate_bias: torch.Tensor,
+    gate: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     positions: torch.Tensor,
     num_heads: int,
+    reduced_size: int,
+    separate: bool,
     offsets: list[int],
     eps: float,
     with_weight: bool,
 ) -> list[torch.Tensor]:
     """
-    Gradients of the first twelve arguments of [`plucker_mixer_op`], those that are not `None`; of the first alone
+    Gradients of the first nine arguments of [`plucker_mixer_op`], those that are not `None`; of the first alone
     without `with_weight`.
     """
-    batch, length, hidden_size = hidden_states.shape
-    num_tokens, num_vectors, dtype = batch * length, reduce_weight.shape[0], projected.dtype
+    batch, length, hidden_size = rows.shape
+    num_tokens = batch * length
+    parameters = (maps, biases, weight, bias, offset_weights, gate, norm_weight, norm_bias) if with_weight else ()
     if num_tokens == 0:
-        parameters = (reduce_weight, reduce_bias, past_weight, past_bias, weight, bias, offset_weights, gate_weight)
-        parameters = (*parameters, gate_bias, norm_weight, norm_bias) if with_weight else ()
-        return [torch.zeros_like(x) for x in (hidden_states, *parameters) if x is not None]
-    separate, r = past_weight is not None, num_vectors // num_heads
-    rows = hidden_states.contiguous().to(dtype).view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
+        return [torch.zeros_like(x) for x in (rows, *parameters) if x is not None]
+    flat_rows = rows.contiguous().view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
     flat_features = features.view(num_tokens, hidden_size)  # (B, T, d) -> (B * T, d)
-    used = hidden_size + num_vectors * (2 if separate else 1)
     grad_projected = torch.empty_like(projected)
+    used = hidden_size + (2 if separate else 1) * num_heads * reduced_size
     if used < grad_projected.shape[1]:
         grad_projected[:, used:] = 0
-    grad_logits, grad_query, grad_source = split_projected(grad_projected, batch, hidden_size, num_heads, r, separate)
-    _, query, source = split_projected(projected, batch, hidden_size, num_heads, r, separate)
+    sizes = (batch, hidden_size, num_heads, reduced_size, separate)
+    grad_logits, grad_query, grad_source = split_projected(grad_projected, *sizes)
+    _, query, source = split_projected(projected, *sizes)
 
-    grad_rows, grad_features = torch.empty_like(rows), torch.empty_like(flat_features)
+    grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    grad_features = torch.empty_like(flat_features)
     block_d = triton.next_power_of_2(hidden_size)
-    block = max(1, 512 // block_d)
-    steps = steps_per_program(num_tokens, block, 16 * MULTIPROCESSORS)
+    block, num_warps = max(1, 256 // block_d), 2 if block_d <= 512 else 4
+    # Sixteen warps on each multiprocessor.
+    steps = ceil_div(num_tokens, block * MULTIPROCESSORS * 16 // num_warps)
     sums = grad.new_empty(ceil_div(num_tokens, steps * block), 3, hidden_size, dtype=torch.float32)
     norm_backward_kernel[(sums.shape[0],)](
-        grad.contiguous(), projected, rows, features, unit_stride(norm_weight), statistics, grad_projected, grad_rows,
-        grad_features, sums, num_tokens,
-        hidden_size=hidden_size, PROJECTED=projected.shape[1], STEPS=steps, BLOCK=block, BLOCK_D=block_d,
-        num_warps=2 if block_d <= 256 else 4,
+        grad.contiguous(), projected, flat_rows, features, unit_stride(norm_weight), statistics, grad_projected,
+        grad_rows, grad_features, sums, num_tokens, steps,
+        hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip
-    grad_features.addmm_(grad_logits, gate_weight[:, hidden_size:].to(dtype))
-    grad_weight, grad_bias, grad_offset_weights = launch_backward(
-        grad_features, query, source, weight, offset_weights, positions, offsets, eps,
+    grad_features.addmm_(grad_logits, gate)
+    grad_weight, grad_bias, grad_offset_weights, vector_sums = launch_backward(
+        grad_features, tangents, inverse_count, query, source, weight, offset_weights, positions, offsets, eps,
         grad_query, grad_source if separate else None, with_weight,
     )  # fmt: skip
-    grad_rows.addmm_(grad_projected, stack((gate_weight[:, :hidden_size], reduce_weight, past_weight), dtype))
-    grad_hidden = grad_rows.view(hidden_states.shape).to(hidden_states.dtype)
+    grad_rows.view(num_tokens, hidden_size).addmm_(grad_projected, maps)
     if not with_weight:
-        return [grad_hidden]
-    # The rows of all linear maps of the hidden states, (M, d), and their biases, (M - d,): the gate's has its sum.
-    grad_maps = grad_projected.t() @ rows
-    grad_biases = grad_projected[:, hidden_size:].sum(0, dtype=torch.float32)
-    grad_gate = torch.cat([grad_maps[:hidden_size], grad_logits.t() @ flat_features], dim=1)
+        return [grad_rows]
     grad_norm_weight, grad_norm_bias, grad_gate_bias = sums.sum(0)
-    first, second = slice(hidden_size, hidden_size + num_vectors), slice(hidden_size + num_vectors, used)
-    results = [
-        (reduce_weight, grad_maps[first]),
-        (reduce_bias, grad_biases[:num_vectors]),
-        (past_weight, grad_maps[second]),
-        (past_bias, grad_biases[num_vectors : 2 * num_vectors]),
-        (weight, grad_weight),
-        (bias, grad_bias),
-        (offset_weights, grad_offset_weights),
-        (gate_weight, grad_gate),
-        (gate_bias, grad_gate_bias),
-        (norm_weight, grad_norm_weight),
-        (norm_bias, grad_norm_bias),
-    ]
-    # Copies, since the results of an operator may share no memory.
-    return [grad_hidden, *(value.to(argument.dtype, copy=True) for argument, value in results if argument is not None)]
+    grads = (
+        grad_projected.t() @ flat_rows,
+        torch.cat([grad_gate_bias, vector_sums, sums.new_zeros(projected.shape[1] - used)]),
+        grad_weight,
+        grad_bias,
+        grad_offset_weights,
+        grad_logits.t() @ flat_features,
+        # Copies, since the results of an operator may share no memory.
+        grad_norm_weight.to(norm_weight.dtype, copy=True),
+        grad_norm_bias.to(norm_bias.dtype, copy=True),
+    )
+    return [grad_rows, *(value.to(argument.dtype) for argument, value in zip(parameters, grads) if value is not None)]
 
 
 @plucker_mixer_backward_op.register_fake
-def _(grad, projected, features, statistics, hidden_states, *args):
-    *parameters, _, _, _, _, with_weight = args
-    wanted = (hidden_states, *parameters) if with_weight else (hidden_states,)
+def _(grad, projected, features, tangents, inverse_count, statistics, *args):
+    wanted = args[:9] if args[-1] else args[:1]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted if x is not None]
 
 
 def save_for_mixer_backward(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.offsets, ctx.eps, _, _, _ = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
+    *tensors, _, positions, ctx.num_heads, ctx.reduced_size, ctx.separate, ctx.offsets, ctx.eps, _, _ = inputs
+    ctx.save_for_backward(*output[1:], *tensors, positions)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -937,10 +980,10 @@ def mixer_backward(ctx, grad, *_):
     needed = ctx.needs_input_grad
     if grad is None:
         return (None,) * len(needed)
-    saved = ctx.saved_tensors
-    grads = plucker_mixer_backward_op(grad, *saved, ctx.num_heads, ctx.offsets, ctx.eps, any(needed[1:12]))
+    saved, sizes = ctx.saved_tensors, (ctx.num_heads, ctx.reduced_size, ctx.separate)
+    grads = plucker_mixer_backward_op(grad, *saved, *sizes, ctx.offsets, ctx.eps, any(needed[1:9]))
     # The arguments begin behind what the forward saved.
-    return *in_places(grads, saved[3:15], needed), *[None] * 7
+    return *in_places(grads, saved[5:14], needed), *[None] * 9
 
 
 plucker_mixer_op.register_autograd(mixer_backward, setup_context=save_for_mixer_backward)
@@ -959,13 +1002,18 @@ def plucker_mixer_triton(hidden_states, mixer, positions) -> torch.Tensor:
         `torch.Tensor` of shape `(B, T, d)`; float32 under autocast, as a LayerNorm's output is there.
     """
     projection, gate, norm = mixer.plucker_proj, mixer.gate_proj, mixer.norm
-    past = (None, None) if mixer.reduce_past is None else (mixer.reduce_past.weight, mixer.reduce_past.bias)
     dtype = compute_dtype(hidden_states, gate.weight)
     autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    gate_hidden, gate_features = gate.weight.split(hidden_states.shape[-1], dim=1)
+    reductions = [mixer.reduce] if mixer.reduce_past is None else [mixer.reduce, mixer.reduce_past]
+    # Casts and the stacking of weights stay outside of the operator: compilers fuse them with what is around.
     output, *_ = plucker_mixer_op(
-        hidden_states, mixer.reduce.weight, mixer.reduce.bias, *past,
-        projection.weight, projection.bias, projection.offset_weights, gate.weight, gate.bias, norm.weight, norm.bias,
-        positions, mixer.num_heads, mixer.offsets, projection.eps, norm.eps,
-        dtype, torch.float32 if autocast else hidden_states.dtype,
+        hidden_states.to(dtype),
+        stack([gate_hidden, *(linear.weight for linear in reductions)], dtype),
+        stack([gate.bias, *(linear.bias for linear in reductions)], dtype),
+        projection.weight, projection.bias, projection.offset_weights, gate_features.to(dtype),
+        norm.weight, norm.bias, hidden_states, positions,
+        mixer.num_heads, mixer.reduce.out_features // mixer.num_heads, len(reductions) == 2,
+        mixer.offsets, projection.eps, norm.eps, torch.float32 if autocast else hidden_states.dtype,
     )  # fmt: skip
     return output
