@@ -104,7 +104,7 @@ def take_turns(
     there are none of those that failed.
     """
     names, times, failures = list(functions), {name: [] for name in functions}, {}
-    for repeat in range(args.repeats):
+    for repeat in range(args.repeats if names else 0):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             # A slow one needs no more than the median of three.

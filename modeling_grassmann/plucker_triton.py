@@ -383,7 +383,8 @@ def tangents_backward_kernel(
         grad_z_hat += (ratio * along)[:, None] * unit
         if WEIGHTED:
             offset_sum = grad_offset_weights + (tl.program_id(0) * H + head) * len(OFFSETS) + offset
-            tl.store(offset_sum, tl.sum(along, axis=0))
+            # Not of `along`, which several warps hold and would write to the same place.
+            tl.store(offset_sum, tl.sum(grad_mean * unit))
 
         # This token as the neighbour of another.
         reader = token + OFFSETS[offset]
