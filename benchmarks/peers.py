@@ -97,11 +97,11 @@ def forward_flops(config: GrassmannConfig | LlamaConfig, length: int) -> int:
 
 
 def ratio_rows(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Iterator[tuple[tuple, dict[str, dict]]]:
-    """(values of `keys`, model -> its row) for each of their combinations, in the order of the rows."""
+    """(values of `keys`, model -> its row) for each of their combinations, in order."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
-    yield from groups.items()
+    yield from sorted(groups.items(), key=lambda group: group[0])
 
 
 def is_measured(models: dict[str, dict], figure: str) -> bool:

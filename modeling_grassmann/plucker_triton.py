@@ -322,13 +322,12 @@ def unpack_kernel(
 @triton.jit
 def tangents_backward_kernel(
     query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
-    grad_query, grad_source, grad_offset_weights, sums, num_places, length, source_length, eps,
+    grad_query, grad_source, grad_offset_weights, num_places, length, source_length, eps,
     query_batch, query_token, query_head, source_batch, source_token, source_head, position_batch, position_token,
     grad_query_batch, grad_query_token, grad_query_head, grad_source_batch, grad_source_token, grad_source_head,
     H: tl.constexpr, r: tl.constexpr, OFFSETS: tl.constexpr, NO_POSITION: tl.constexpr, WEIGHTED: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`sums` holds each program's sums over its tokens: `((1 or 2) * H * r, programs)`, the source's at the end."""
     head = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_places
@@ -406,17 +405,14 @@ def tangents_backward_kernel(
     grad_z_hat -= ratios[:, None] * grad_mean
     radial = tl.sum(grad_z_hat * z_hat, axis=1)
     grad_z = (grad_z_hat - radial[:, None] * z_hat) * inverse_norm[:, None]
-    sum_pointers = sums + (head * r + column) * tl.num_programs(0) + tl.program_id(0)
     if SHARED:
         grad_z += grad_y
     else:
-        tl.store(sum_pointers + H * r * tl.num_programs(0), tl.sum(grad_y, axis=0), mask=column < r)
         row = (
             grad_source + batch * grad_source_batch + place.to(tl.int64) * grad_source_token + head * grad_source_head
         )
         mask = exists[:, None] & in_vector
         tl.store(row[:, None] + column[None, :], grad_y.to(grad_source.dtype.element_ty), mask=mask)
-    tl.store(sum_pointers, tl.sum(grad_z, axis=0), mask=column < r)
     row = grad_query + batch * grad_query_batch + token.to(tl.int64) * grad_query_token + head * grad_query_head
     mask = is_query[:, None] & in_vector
     tl.store(row[:, None] + column[None, :], grad_z.to(grad_query.dtype.element_ty), mask=mask)
@@ -635,8 +631,8 @@ def launch_backward(
     Fill `grad_query` and, unless it is `None` because the source is the query, `grad_source`.
 
     Returns:
-        The gradients of weight and bias, `None` without `with_weight`, that of the offset weights, `None` without
-        them, and the sums of `grad_query` and then `grad_source` over tokens, `((1 or 2) * H * r,)`.
+        The gradients of weight and bias, `None` without `with_weight`, and that of the offset weights, `None` without
+        them.
     """
     batch, length, num_heads, r = query.shape
     hidden_size, num_tokens, dtype = weight.shape[0], batch * length, grad.dtype
@@ -686,11 +682,10 @@ def launch_backward(
     blocks = ceil_div(num_places, block)
     shared = grad_source is None
     weight_sums = query.new_empty(blocks, num_heads, len(offsets), dtype=torch.float32)
-    vector_sums = query.new_empty((1 if shared else 2) * num_heads * r, blocks, dtype=torch.float32)
     grad_strides = [*grad_query.stride()[:3], *(grad_query if shared else grad_source).stride()[:3]]
     tangents_backward_kernel[(blocks, num_heads)](
         query, source, positions, offset_weights, inverse_count, grad_direction, grad_tangent,
-        grad_query, grad_source, weight_sums, vector_sums, num_places, length, source.shape[1], eps,
+        grad_query, grad_source, weight_sums, num_places, length, source.shape[1], eps,
         *query.stride()[:3], *source.stride()[:3], *positions.stride(), *grad_strides,
         H=num_heads, r=r, OFFSETS=tuple(offsets), NO_POSITION=NO_POSITION, WEIGHTED=offset_weights is not None,
         SHARED=shared, BLOCK=block, BLOCK_R=block_r,
@@ -699,7 +694,7 @@ def launch_backward(
     )  # fmt: skip
     if offset_weights is not None:
         grad_offset_weights = weight_sums.sum(0)
-    return grad_weight, grad_bias, grad_offset_weights, vector_sums.sum(1)
+    return grad_weight, grad_bias, grad_offset_weights
 
 
 def in_places(grads, arguments, needed) -> list[torch.Tensor | None]:
@@ -760,7 +755,7 @@ def plucker_features_backward_op(
     grad_query, grad_source = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
-    *grads, _ = launch_backward(
+    grads = launch_backward(
         grad.contiguous(), tangents, inverse_count, query, query if source is None else source, weight, offset_weights,
         positions, offsets, eps, grad_query, grad_source, with_weight,
     )  # fmt: skip
@@ -942,7 +937,7 @@ def plucker_mixer_backward_op(
         hidden_size=hidden_size, PROJECTED=projected.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip
     grad_features.addmm_(grad_logits, gate)
-    grad_weight, grad_bias, grad_offset_weights, vector_sums = launch_backward(
+    grad_weight, grad_bias, grad_offset_weights = launch_backward(
         grad_features, tangents, inverse_count, query, source, weight, offset_weights, positions, offsets, eps,
         grad_query, grad_source if separate else None, with_weight,
     )  # fmt: skip
@@ -952,7 +947,7 @@ def plucker_mixer_backward_op(
     grad_norm_weight, grad_norm_bias, grad_gate_bias = sums.sum(0)
     grads = (
         grad_projected.t() @ flat_rows,
-        torch.cat([grad_gate_bias, vector_sums, sums.new_zeros(projected.shape[1] - used)]),
+        torch.cat([grad_gate_bias, grad_projected[:, hidden_size:].sum(0, dtype=torch.float32)]),
         grad_weight,
         grad_bias,
         grad_offset_weights,

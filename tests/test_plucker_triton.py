@@ -690,13 +690,15 @@ def test_tensors_without_memory_give_shape_and_type(dtype):
 
 
 def test_a_problem_the_kernels_cannot_serve_falls_back_with_one_warning_that_says_why():
-    exactly = in_float64(make_problem())
+    exactly = moved(make_problem(), DEVICE, torch.float64)
     too_large = make_problem(length=3, r=130, hidden=2)
     for problem, why in [(exactly, "float64"), (too_large, "130")]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             outputs = [plucker_features(**problem, backend="triton") for _ in range(2)]
-        assert len(caught) == 1 and why in str(caught[0].message) and '"torch"' in str(caught[0].message)
+        # CUDA's matrix products may warn as well, of what the fixture above asks for.
+        messages = [str(warning.message) for warning in caught if "cannot serve" in str(warning.message)]
+        assert len(messages) == 1 and why in messages[0] and '"torch"' in messages[0]
         for output in outputs:
             assert torch.equal(output, plucker_features(**problem, backend="torch"))
 
@@ -984,7 +986,9 @@ def test_strides_change_nothing_in_a_mixer(dtype):
     spread = strided(hidden_states, 2, 1, 0)
     cotangent = strided(draw_cotangent(expected["output"]), 2, 1, 0)
     for name, value in mixer_and_gradients(mixer, spread, BACKEND, strided(positions, 1, 0), cotangent).items():
-        assert torch.equal(value, expected[name]), name
+        # Matrix products of cuBLAS round differently for other strides.
+        error = (value - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
+        assert error <= 4 * torch.finfo(dtype).eps, name
 
 
 PARAMETERS = [name for name, _ in make_mixer(**MIXERS["everything"]).named_parameters()]
