@@ -4,9 +4,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .cache_grassmann import PluckerCacheLayer
+from .cache_grassmann import MemoryCacheLayer, PluckerCacheLayer
 from .configuration_grassmann import GrassmannConfig
 from .configuration_grassmann_plucker import GrassmannPluckerConfig
+from .memory_mixer import MemoryMixer
 from .modeling_grassmann import (
     GrassmannForCausalLM,
     GrassmannForSequenceClassification,
@@ -42,6 +43,8 @@ __all__ = [
     "GrassmannPluckerConfig",
     "GrassmannPluckerForSequenceClassification",
     "GrassmannPreTrainedModel",
+    "MemoryCacheLayer",
+    "MemoryMixer",
     "PluckerCacheLayer",
     "PluckerMixer",
     "PluckerProjection",

@@ -1,26 +1,27 @@
 # Copyright 2026 The modeling_grassmann authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding state of Causal Grassmann models: one layer of a Transformers `Cache`, of constant size."""
+"""Decoding state of Causal Grassmann models: layers of a Transformers `Cache`, of constant size."""
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
+from .grassmann_memory import KERNELS, MemoryState, grassmann_memory
 from .plucker import NO_POSITION
 
 
-class PluckerCacheLayer(CacheLayerMixin):
+class StateCacheLayer(CacheLayerMixin):
     """
-    What a Plücker mixer remembers: the reduced vectors of the last `window = max(offsets)` tokens and their positions.
-    Where there is no such token the position is `NO_POSITION`, so that short prefixes and padding need no special
-    case, and packed sequences keep their boundaries across calls.
+    A state of constant size, which every row has from its first token on. Its tensors, one row of the batch in each of
+    their first entries, are named in `STATE`. They are updated in place, at a fixed address and size, so that
+    `DynamicCache` and `StaticCache` share each class of such layers and decoding compiles.
 
-    `keys` holds the vectors, `(B, window, H * r)`, `values` the positions, `(B, window)`. Both are updated in place,
-    at a fixed address and size, so that `DynamicCache` and `StaticCache` share this one class and decoding compiles.
-    After [`activate_past_recording`] (assisted decoding) they grow until the next [`crop`].
+    After [`activate_past_recording`] (assisted decoding) tokens can be taken back, until the next [`crop`].
     """
 
-    _layer_type = "plucker"
+    STATE = ("keys", "values")
     is_compileable = True
     is_croppable = True
     supports_early_init = False
@@ -31,16 +32,123 @@ class PluckerCacheLayer(CacheLayerMixin):
         # A tensor, because a Python integer would recompile the decoding step at every token.
         self.cumulative_length = torch.tensor(0)
 
+    def state_tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self.STATE]
+
+    def mark_initialized(self, device: torch.device) -> None:
+        """To be called when the state is there."""
+        self.device = device
+        self.cumulative_length = self.cumulative_length.to(device)
+        if not is_torchdynamo_compiling():
+            for tensor in (*self.state_tensors(), self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def last_positions(self) -> torch.Tensor:
+        """Position of each row's last token, `NO_POSITION` for padding: `(B, 1)`."""
+        raise NotImplementedError
+
+    def next_positions(self) -> int | torch.Tensor:
+        """Position of each row's next token, `(B, 1)`: behind its last one, or behind all if that one is padding."""
+        if not self.is_initialized:
+            return 0
+        last = self.last_positions()
+        return torch.where(last == NO_POSITION, self.cumulative_length, last + 1)
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Number of tokens seen, padding included."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    @property
+    def batch_size(self) -> int:
+        if not self.is_initialized:
+            # Transformers asks with `hasattr` whether it is known already.
+            raise AttributeError("`batch_size` is known after the first `update`.")
+        return self.keys.shape[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit: the state does not grow with the sequence."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Remember all tokens from here on until the next [`crop`], so that they can be taken back."""
+        self.record_past = True
+
+    def num_recorded(self) -> int:
+        """How many tokens can be taken back."""
+        raise NotImplementedError
+
+    def take_back(self, count: int) -> None:
+        """Take back the last `count` tokens, and forget what was recorded."""
+        raise NotImplementedError
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Take back the last `-tokens_to_remove` tokens and forget what the state no longer needs.
+
+        Raises:
+            ValueError: if `tokens_to_remove` is positive, or asks for more tokens than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
+        if not self.is_initialized:
+            return
+        removed = -int(tokens_to_remove)
+        if removed > self.num_recorded():
+            raise ValueError(
+                f"Cannot take back {removed} tokens, since {self.num_recorded()} were recorded. Call "
+                "`activate_past_recording` on the cache before the tokens that may have to be taken back."
+            )
+        self.take_back(removed)
+        self.cumulative_length -= removed
+
+    def offload(self) -> None:
+        """
+        Nothing: an offloaded cache leaves this state where it is. It does not grow, and blocks of its one size would
+        be handed from stream to stream by the allocator while a kernel still reads them.
+        """
+
+    def prefetch(self) -> None:
+        """Nothing: the state never leaves its device."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self.map_state(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.map_state(lambda tensor: tensor[indices])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows, for beam search."""
+        self.map_state(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def map_state(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            for name in self.STATE:
+                setattr(self, name, function(getattr(self, name)))
+
+
+class PluckerCacheLayer(StateCacheLayer):
+    """
+    What a Plücker mixer remembers: the reduced vectors of the last `window = max(offsets)` tokens and their positions.
+    Where there is no such token the position is `NO_POSITION`, so that short prefixes and padding need no special
+    case, and packed sequences keep their boundaries across calls.
+
+    `keys` holds the vectors, `(B, window, H * r)`, `values` the positions, `(B, window)`. While tokens are recorded,
+    both grow.
+    """
+
+    _layer_type = "plucker"
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, window: int) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.window = window
+        self.dtype, self.window = key_states.dtype, window
         self.keys = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
         self.values = value_states.new_full((value_states.shape[0], window), NO_POSITION)
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        if not is_torchdynamo_compiling():
-            for state in (self.keys, self.values, self.cumulative_length):
-                torch._dynamo.mark_static_address(state)
-        self.is_initialized = True
+        self.mark_initialized(key_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, window: int, **kwargs
@@ -69,86 +177,121 @@ class PluckerCacheLayer(CacheLayerMixin):
         self.cumulative_length.add_(length)
         return keys[:, -window - length :], values[:, -window - length :]
 
-    def get_seq_length(self) -> int | torch.Tensor:
-        """Number of tokens seen, padding included."""
-        return self.cumulative_length if self.is_initialized else 0
+    def last_positions(self) -> torch.Tensor:
+        return self.values[:, -1:]
 
-    def next_positions(self) -> int | torch.Tensor:
-        """Position of each row's next token, `(B, 1)`: behind its last one, or behind all if that one is padding."""
-        if not self.is_initialized:
-            return 0
-        last = self.values[:, -1:]
-        return torch.where(last == NO_POSITION, self.cumulative_length, last + 1)
+    def num_recorded(self) -> int:
+        return self.keys.shape[1] - self.window
 
-    @property
-    def batch_size(self) -> int:
-        if not self.is_initialized:
-            # Transformers asks with `hasattr` whether it is known already.
-            raise AttributeError("`batch_size` is known after the first `update`.")
-        return self.keys.shape[0]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit: the state does not grow with the sequence."""
-        return -1
-
-    def activate_past_recording(self) -> None:
-        """Keep all tokens from here on until the next [`crop`], so that they can be taken back."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """
-        Take back the last `-tokens_to_remove` tokens and forget what the window no longer needs.
-
-        Raises:
-            ValueError: if `tokens_to_remove` is positive, or asks for more tokens than were recorded.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
-        if not self.is_initialized:
-            return
-        removed = -int(tokens_to_remove)
-        recorded = self.keys.shape[1] - self.window
-        if removed > recorded:
-            raise ValueError(
-                f"Cannot take back {removed} tokens, since {recorded} were recorded. Call `activate_past_recording` "
-                "on the cache before the tokens that may have to be taken back."
-            )
-        end = self.keys.shape[1] - removed
+    def take_back(self, count: int) -> None:
+        end = self.keys.shape[1] - count
         self.keys = self.keys[:, end - self.window : end]
         self.values = self.values[:, end - self.window : end]
-        self.cumulative_length -= removed
-
-    def offload(self) -> None:
-        """
-        Nothing: an offloaded cache leaves this state where it is. It takes a few kilobytes per row, and blocks of its
-        one small size would be handed from stream to stream by the allocator while a kernel still reads them.
-        """
-
-    def prefetch(self) -> None:
-        """Nothing: the state never leaves its device."""
 
     def reset(self) -> None:
-        if self.is_initialized and self.keys.shape[1] > self.window:
+        if self.is_initialized and self.num_recorded():
             self.keys, self.values = self.keys[:, -self.window :], self.values[:, -self.window :]
         super().reset()
         if self.is_initialized:
             self.values.fill_(NO_POSITION)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
+
+class MemoryCacheLayer(StateCacheLayer):
+    """
+    What a Grassmann memory remembers: its state `(B, H, F, dv)` in `keys`, the position of each row's last real token
+    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`.
+
+    Recorded tokens are kept beside the state they came after; when some are taken back, the others are written again.
+    """
+
+    _layer_type = "grassmann_memory"
+    STATE = ("keys", "values", "last")
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.recorded = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, kernel: str) -> None:
+        batch_size, _, num_heads, value_size = value_states.shape
+        self.dtype, self.kernel = torch.promote_types(value_states.dtype, torch.float32), kernel
+        num_features = KERNELS[kernel].num_features(key_states.shape[-1])
+        self.keys = value_states.new_zeros(batch_size, num_heads, num_features, value_size, dtype=self.dtype)
+        self.values = torch.full((batch_size,), NO_POSITION, device=value_states.device)
+        self.last = self.values[:, None].clone()
+        self.mark_initialized(value_states.device)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        query: torch.Tensor,
+        log_decay: torch.Tensor,
+        positions: torch.Tensor,
+        kernel: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Write `T` tokens and read at each of them; arguments are those of [`grassmann_memory.grassmann_memory`].
+
+        Returns:
+            What was read, `(B, T, H, dv)`, and the new state.
+        """
+        is_first = not self.is_initialized
+        if is_first:
+            self.lazy_initialization(key_states, value_states, kernel)
+        state = MemoryState(self.keys, self.values)
+        if torch.is_grad_enabled() or (self.record_past and not self.recorded):
+            # What gradients and tokens that are taken back go back to must not change with the state.
+            state = MemoryState(self.keys.clone(), self.values.clone())
+        if self.record_past:
+            if not self.recorded:
+                self.before_recorded, self.last_before = state, self.last.clone()
+            self.recorded.append((key_states, value_states, log_decay, positions))
+        state = None if is_first else state
+        output, state = grassmann_memory(
+            query, key_states, value_states, log_decay, positions, state, kernel, output_final_state=True
+        )
+        self.keys.copy_(state.memory)
+        self.values.copy_(state.position)
+        self.last.copy_(positions[:, -1:])
+        self.cumulative_length.add_(value_states.shape[1])
+        return output, self.keys
+
+    def last_positions(self) -> torch.Tensor:
+        return self.last
+
+    def num_recorded(self) -> int:
+        return sum(positions.shape[1] for *_, positions in self.recorded)
+
+    def take_back(self, count: int) -> None:
+        left = self.num_recorded() - count
+        if count:
+            self.keys, self.values, self.last = *self.before_recorded, self.last_before
+        if count and left:
+            keys, values, log_decay, positions = (torch.cat(parts, dim=1)[:, :left] for parts in zip(*self.recorded))
+            _, state = grassmann_memory(
+                keys, keys, values, log_decay, positions, self.before_recorded, self.kernel, output_final_state=True
+            )
+            self.keys, self.values, self.last = state.memory, state.position, positions[:, -1:]
+        self.forget_recorded()
+
+    def forget_recorded(self) -> None:
+        self.recorded, self.before_recorded, self.last_before = [], None, None
+
+    def reset(self) -> None:
+        self.forget_recorded()
+        super().reset()
         if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
+            self.values.fill_(NO_POSITION)
+            self.last.fill_(NO_POSITION)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`."""
-        if self.is_initialized:
-            self.keys = self.keys[indices]
-            self.values = self.values[indices]
+    def map_state(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map_state(function)
+        if self.recorded:
+            self.recorded = [tuple(function(tensor) for tensor in tensors) for tensors in self.recorded]
+            self.before_recorded = MemoryState(*(function(tensor) for tensor in self.before_recorded))
+            self.last_before = function(self.last_before)
 
 
-# The state has a fixed size anyway, so that a static cache needs no class of its own.
-STATIC_LAYER_TYPE_MAPPING[PluckerCacheLayer._layer_type] = PluckerCacheLayer
+# The states have a fixed size anyway, so that a static cache needs no classes of its own.
+for layer_class in (PluckerCacheLayer, MemoryCacheLayer):
+    STATIC_LAYER_TYPE_MAPPING[layer_class._layer_type] = layer_class

@@ -23,6 +23,10 @@ MAX_OFFSET = 2**20
 MAX_LABELS = 2**20
 # What computes the mixers' features: `plucker.BACKENDS`, which this file does without, so that it needs no PyTorch.
 BACKENDS = ("auto", "naive", "torch", "triton")
+# What a layer mixes tokens with, and the name of what it keeps while decoding.
+MIXERS = {"plucker": "plucker", "memory": "grassmann_memory"}
+# `grassmann_memory.KERNELS`, with the vectors of a frame, which are the fewest dimensions for it.
+MEMORY_KERNELS = {"binet_cauchy": 2, "projection": 2, "plucker": 2, "inner": 1, "inner_squared": 1}
 # Ways to make one vector of a row's tokens.
 POOLINGS = ("first", "last", "mean")
 
@@ -68,11 +72,27 @@ class GrassmannConfig(PreTrainedConfig):
             Dimension of the feed-forward network.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the feed-forward network.
+        gated_mlp (`bool`, *optional*, defaults to `False`):
+            Whether the feed-forward network has a gate, as SwiGLU does with `hidden_act="silu"`.
         reduced_size (`int`, *optional*, defaults to 32):
             Dimension `r`, at least 2, of the reduced vectors that span the planes.
+        mixer_types (`str` or `list[str]`, *optional*, defaults to `"plucker"`):
+            What each layer mixes tokens with, one name for all layers or one for each: `"plucker"`, the paper's mixer
+            of a few offsets, or `"memory"`, a Grassmann memory of the whole past, which needs `norm_placement="pre"`.
+        num_memory_heads (`int`, *optional*, defaults to 6):
+            Heads of a memory, each with planes and values of its own.
+        memory_reduced_size (`int`, *optional*):
+            Dimension `r` in which a memory's planes are spanned, by default `reduced_size`. Its decoding state grows
+            with r^4: 1.3 KiB a value for r = 8, 341 KiB for r = 32.
+        memory_value_size (`int`, *optional*, defaults to 32):
+            Size of the values of a memory's head.
+        memory_kernel (`str`, *optional*, defaults to `"binet_cauchy"`):
+            Similarity of planes: `"binet_cauchy"`, `"projection"` or `"plucker"`; `"inner"` and `"inner_squared"` take
+            vectors in place of planes.
         offsets (`list[int]` or `list[list[int]]`, *optional*):
             Distances Δ, each from 1 to 2^20, at which tokens are paired. A flat list is given to every layer; a nested
-            one holds one list per layer. By default each layer has one offset, taken in order from 1, 2, 4, 8, 12, 16.
+            one holds one list per layer, of which a memory ignores its own. By default each layer has one offset,
+            taken in order from 1, 2, 4, 8, 12, 16.
         norm_placement (`str`, *optional*, defaults to `"post"`):
             `"post"` (the paper): `x = Drop(LN(mix(h)))`, `out = LN(x + FFN(x))`.
             `"pre"`: `x = h + Drop(LN(mix(LN(h))))`, `out = x + FFN(LN(x))`.
@@ -141,7 +161,13 @@ class GrassmannConfig(PreTrainedConfig):
     num_hidden_layers: int = 6
     intermediate_size: int = 1024
     hidden_act: str = "gelu"
+    gated_mlp: bool = False
     reduced_size: int = 32
+    mixer_types: str | list[str] = "plucker"
+    num_memory_heads: int = 6
+    memory_reduced_size: int | None = None
+    memory_value_size: int = 32
+    memory_kernel: str = "binet_cauchy"
     offsets: list[int] | list[list[int]] | None = None
     norm_placement: str = "post"
     max_position_embeddings: int | None = 256
@@ -181,10 +207,18 @@ class GrassmannConfig(PreTrainedConfig):
         return [self.offsets] * self.num_hidden_layers
 
     @property
+    def layer_mixers(self) -> list[str]:
+        """What each layer mixes tokens with."""
+        if isinstance(self.mixer_types, list):
+            return self.mixer_types
+        # Asked for before the depth has been checked, too.
+        return [self.mixer_types] * min(self.num_hidden_layers, MAX_LAYERS)
+
+    @property
     def layer_types(self) -> list[str]:
         """What each layer keeps while decoding; Transformers' caches are built from it."""
-        # Asked for before the depth has been checked, too.
-        return ["plucker"] * min(self.num_hidden_layers, MAX_LAYERS)
+        # Asked for before unknown names are refused, too, some of which Transformers would put others in place of.
+        return [MIXERS.get(mixer, "plucker") for mixer in self.layer_mixers]
 
     def validate_layer_type(self):
         """`layer_types` follows from the other fields, and names a state that Transformers itself does not know."""
@@ -216,6 +250,34 @@ class GrassmannConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`offsets` must be non-empty lists of integers from 1 to {MAX_OFFSET}, got {self.offsets}."
                 )
+
+    def validate_mixers(self):
+        unknown = [mixer for mixer in self.layer_mixers if mixer not in MIXERS]
+        if unknown:
+            raise ValueError(f"`mixer_types` must be of {list(MIXERS)}, got {unknown[0]!r}.")
+        if len(self.layer_mixers) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mixer_types` must be one name, or hold one for each of the {self.num_hidden_layers} layers (from "
+                f"`num_hidden_layers`), got {len(self.layer_mixers)}: {self.mixer_types}."
+            )
+        if self.memory_kernel not in MEMORY_KERNELS:
+            raise ValueError(f"`memory_kernel` must be one of {list(MEMORY_KERNELS)}, got {self.memory_kernel!r}.")
+        for name in ("num_memory_heads", "memory_value_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        least = MEMORY_KERNELS[self.memory_kernel]
+        if self.memory_reduced_size is not None and self.memory_reduced_size < least:
+            raise ValueError(
+                f"`memory_reduced_size` must be at least {least} for the kernel {self.memory_kernel!r}, got "
+                f"{self.memory_reduced_size}."
+            )
+        if "memory" in self.layer_mixers and not self.is_causal:
+            raise ValueError('`is_causal` must be True with "memory" in `mixer_types`: a memory is of the past.')
+        if "memory" in self.layer_mixers and self.norm_placement != "pre":
+            raise ValueError(
+                '`norm_placement` must be "pre" with "memory" in `mixer_types`: a memory carries no token over by '
+                f"itself, as the paper's gate does. Got {self.norm_placement!r}."
+            )
 
     def validate_choices(self):
         if self.norm_placement not in ("post", "pre"):

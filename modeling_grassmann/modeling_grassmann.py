@@ -22,10 +22,11 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers the decoding state with Transformers' caches)
+from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers decoding states with Transformers' caches)
 from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
 from .loss_grassmann import fused_causal_lm_loss, register_with_liger
+from .memory_mixer import MemoryMixer, initial_decay_bias
 from .plucker import (
     NO_POSITION,
     PluckerMixer,
@@ -49,7 +50,30 @@ class GrassmannMLP(nn.Module):
         return self.dropout(self.down_proj(hidden_states))
 
 
-def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer:
+class GrassmannGatedMLP(GrassmannMLP):
+    """With a gate beside: SwiGLU for `hidden_act="silu"`."""
+
+    def __init__(self, config: GrassmannConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gated = self.dropout(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.dropout(self.down_proj(gated))
+
+
+def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer | MemoryMixer:
+    if config.layer_mixers[layer_idx] == "memory":
+        return MemoryMixer(
+            config.hidden_size,
+            config.num_memory_heads,
+            config.reduced_size if config.memory_reduced_size is None else config.memory_reduced_size,
+            config.memory_value_size,
+            kernel=config.memory_kernel,
+            plucker_eps=config.plucker_eps,
+            norm_eps=config.layer_norm_eps,
+            layer_idx=layer_idx,
+        )
     return PluckerMixer(
         config.hidden_size,
         config.reduced_size,
@@ -73,13 +97,14 @@ class GrassmannBlock(GradientCheckpointingLayer):
     Args:
         config: the fields of a feed-forward network and its norms.
         mixer (`nn.Module`): maps `(B, T, d)`, and what else the block is called with, to `(B, T, d)`.
+        mlp_class (`type[GrassmannMLP]`, *optional*): of the feed-forward network.
     """
 
-    def __init__(self, config: PreTrainedConfig, mixer: nn.Module):
+    def __init__(self, config: PreTrainedConfig, mixer: nn.Module, mlp_class: type[GrassmannMLP] = GrassmannMLP):
         super().__init__()
         self.pre_norm = config.norm_placement == "pre"
         self.mixer = mixer
-        self.mlp = GrassmannMLP(config)
+        self.mlp = mlp_class(config)
         if self.pre_norm:
             self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -129,6 +154,8 @@ class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.zeros_(module.bias)
             if module.offset_weights is not None:
                 init.ones_(module.offset_weights)
+        if isinstance(module, MemoryMixer):
+            init.copy_(module.decay_bias, initial_decay_bias(module.num_heads))
 
 
 def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) -> torch.Tensor:
@@ -158,8 +185,9 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if config.max_position_embeddings is not None:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
+        mlp_class = GrassmannGatedMLP if config.gated_mlp else GrassmannMLP
         self.layers = nn.ModuleList(
-            [GrassmannBlock(config, make_mixer(config, layer_idx)) for layer_idx in range(config.num_hidden_layers)]
+            [GrassmannBlock(config, make_mixer(config, i), mlp_class) for i in range(config.num_hidden_layers)]
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False

@@ -33,6 +33,21 @@ FLAVOURS = {
     "pre_norm": {"norm_placement": "pre"},
     "no_positions": {"max_position_embeddings": None},
     "mixer_out_proj": {"mixer_out_proj": True, "tie_word_embeddings": False},
+    "memory": {
+        "mixer_types": "memory",
+        "norm_placement": "pre",
+        "num_memory_heads": 2,
+        "memory_value_size": 5,
+        "max_position_embeddings": None,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+    },
+    "memory_and_offsets": {
+        "mixer_types": ["plucker", "memory", "plucker"],
+        "norm_placement": "pre",
+        "memory_reduced_size": 5,
+        "memory_kernel": "projection",
+    },
 }
 BERT = {
     "vocab_size": VOCAB_SIZE,

@@ -74,6 +74,10 @@ def test_every_preset_holds_only_fields_that_the_configuration_knows():
         ("grassmann-12l", {"max_position_embeddings": 128, "mixer_out_proj": True}, 18_156_928),
         ("grassmann-alphaxiv-6l", {"max_position_embeddings": 128}, 12_610_240),
         ("grassmann-arledge-6l", {}, 17_695_168),
+        # Within 0.1% of StableLM's 12,563,456 and 17,312,768.
+        ("grassmann-memory-13m", {}, 12_559_076),
+        ("grassmann-memory-18m", {}, 17_304_008),
+        ("grassmann-memory-110m", {}, 113_457_168),
     ],
 )
 def test_a_preset_has_the_published_number_of_parameters(preset, overrides, expected):
@@ -113,6 +117,15 @@ def test_the_transformer_that_the_presets_are_compared_with_has_its_published_nu
         ({"offsets": [1.5]}, ["'offsets'", "list[int]", "[1.5]"]),
         ({"offsets": [1, [2]]}, ["'offsets'", "list[list[int]]", "[1, [2]]"]),
         ({"is_causal": "no"}, ["'is_causal'", "expected bool", "'no'"]),
+        ({"mixer_types": "attention"}, ["`mixer_types`", "['plucker', 'memory']", "got 'attention'"]),
+        ({"mixer_types": ["plucker", "memory"]}, ["`mixer_types`", "each of the 6 layers", "got 2"]),
+        ({"mixer_types": []}, ["`mixer_types`", "each of the 6 layers", "got 0"]),
+        ({"mixer_types": "memory"}, ["`norm_placement`", '"pre"', "Got 'post'"]),
+        ({"mixer_types": "memory", "norm_placement": "pre", "is_causal": False}, ["`is_causal`", "must be True"]),
+        ({"memory_kernel": "cosine"}, ["`memory_kernel`", "'binet_cauchy'", "got 'cosine'"]),
+        ({"memory_reduced_size": 1}, ["`memory_reduced_size`", "at least 2", "got 1"]),
+        ({"num_memory_heads": 0}, ["`num_memory_heads`", "at least 1", "got 0"]),
+        ({"memory_value_size": -4}, ["`memory_value_size`", "at least 1", "got -4"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "refused",
 )

@@ -17,8 +17,16 @@ LENGTHS = (1, 3, 20, 7)
 SIDES = ("left", "right")
 
 
+@pytest.fixture(params=[True, False], ids=["causal", "bidirectional"])
+def is_causal(request, flavour):
+    if not request.param and "memory" in flavour.get("mixer_types", ""):
+        pytest.skip("a memory is of the past: there are no bidirectional ones")
+    return request.param
+
+
 def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    """Up to rounding; in float64 where that of float32 adds up, as a memory's squares and norms let it."""
+    torch.testing.assert_close(actual, expected, atol=1e-5 if actual.dtype == torch.float32 else 1e-10, rtol=0)
 
 
 def make_rows(lengths, seed=2):
@@ -42,7 +50,6 @@ def pack(rows):
     return torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("side", SIDES)
 def test_hidden_states_of_padded_rows_are_those_of_each_row_alone(side, mask_dtype, is_causal, make_model, flavour):
@@ -53,7 +60,6 @@ def test_hidden_states_of_padded_rows_are_those_of_each_row_alone(side, mask_dty
         assert_equal(states[real], model(row[None]).last_hidden_state[0])
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 def test_hidden_states_of_packed_rows_are_those_of_each_row_alone(is_causal, make_model, flavour):
     model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
     ids, position_ids = pack(rows)
@@ -72,7 +78,6 @@ def test_packed_rows_may_be_padded_too(make_model, flavour):
         assert_equal(states, model(row[None]).last_hidden_state[0])
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("side", SIDES)
 def test_padding_forms_no_pair_even_where_given_positions_run_on_through_it(side, is_causal, make_model, flavour):
     # Positions that are derived from the mask stand still in padding, and so would not show a missing mask.
@@ -85,7 +90,6 @@ def test_padding_forms_no_pair_even_where_given_positions_run_on_through_it(side
         assert_equal(states[real], alone)
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 def test_a_packed_row_may_begin_inside_a_sequence(is_causal, make_model, flavour):
     # The positions at its two ends fit together, but its ends are no neighbours.
     model, ids = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows([18])[0][None]
@@ -143,23 +147,21 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("with_positions", [True, False])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 def test_boundaries_give_each_row_and_every_gradient_what_it_gives_alone(
     is_causal, dtype, with_positions, make_model, flavour
 ):
-    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
+    model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour).double(), make_rows(LENGTHS)
     ids, position_ids = pack(rows)
     position_ids = position_ids if with_positions else None
     packed = model(ids, position_ids=position_ids, cu_seq_lens_q=boundaries(LENGTHS, dtype)).last_hidden_state[0]
     alone = torch.cat([model(row[None]).last_hidden_state[0] for row in rows])
     assert_equal(packed, alone)
-    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3), dtype=torch.double)
     expected = gradients(model, (alone * weights).sum())
     for name, gradient in gradients(model, (packed * weights).sum()).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 def test_no_pair_crosses_a_boundary_where_given_positions_run_on(is_causal, make_model, flavour):
     model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)
     ids, position_ids = torch.cat(rows)[None], torch.arange(sum(LENGTHS))[None]
@@ -265,7 +267,6 @@ def test_positions_count_from_the_last_boundary(lengths, rest):
     assert positions.tolist() == [expected]
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("side", SIDES)
 def test_class_logits_of_padded_rows_are_those_of_each_row_alone(side, is_causal, make_model, flavour):
     model = make_model(GrassmannForSequenceClassification, num_labels=3, is_causal=is_causal, **flavour)
@@ -277,7 +278,6 @@ def test_class_logits_of_padded_rows_are_those_of_each_row_alone(side, is_causal
     assert logits.std(0).min() > 0.01
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("side", SIDES)
 def test_the_content_of_padding_does_not_matter(side, is_causal, make_model, flavour):
     model, rows = make_model(GrassmannModel, is_causal=is_causal, **flavour), make_rows(LENGTHS)

@@ -38,7 +38,8 @@ PICTURES = {
 # Fields of a configuration that say what a model is, as far as it has them.
 ARCHITECTURE = (
     *("model_type", "head_type", "freeze_backbone", "hidden_size", "num_hidden_layers", "intermediate_size"),
-    *("num_attention_heads", "num_heads", "num_plucker_heads", "reduced_size", "offsets", "norm_placement"),
+    *("mixer_types", "num_attention_heads", "num_heads", "num_plucker_heads", "reduced_size", "offsets"),
+    *("num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel", "gated_mlp", "norm_placement"),
     *("mixer_out_proj", "separate_past_projection", "learned_offset_weights", "is_causal"),
     *("window_size", "window_stride", "pair_sharing", "use_plucker_features", "pooling", "classifier_pooling"),
     *("max_position_embeddings", "vocab_size"),
@@ -329,9 +330,10 @@ def limits(record: Record) -> str:
     config, lines = record.config, []
     if record.task == "text-generation" and config is not None and config.model_type == "grassmann":
         reach = sum(max(offsets) for offsets in config.layer_offsets)
-        lines.append(
-            f"- The context is local: a prediction depends on its token and the {reach} before it, no further."
-        )
+        line = f"- The context is local: a prediction depends on its token and the {reach} before it, no further."
+        if "memory" in config.layer_mixers:
+            line = "- The past is kept in a state of constant size: it cannot recall all of a long text exactly."
+        lines.append(line)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None and hasattr(config, "backbone_config") and record.saved_config:
         positions = getattr(config.backbone_config, "max_position_embeddings", None)

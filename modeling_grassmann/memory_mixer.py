@@ -1,0 +1,130 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A mixing layer around the Grassmann memory, without Transformers."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
+from .plucker import check_cu_seqlens, positions_from_cu_seqlens, separate_sequences
+
+
+# Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
+TIME_CONSTANTS = (2, 512)
+
+
+def initial_decay_bias(num_heads: int) -> torch.Tensor:
+    """`(H,)` biases for which `softplus(bias) = 1 / τ`, with log τ evenly spread over [`TIME_CONSTANTS`]."""
+    first, last = (math.log(constant) for constant in TIME_CONSTANTS)
+    return torch.linspace(first, last, num_heads).exp().reciprocal().expm1().log()
+
+
+class MemoryMixer(nn.Module):
+    r"""
+    A mixing layer that reads from the whole past: with planes `Q_t` and `K_t`, values `v_t` and decays
+    :math:`a_t = \exp(-\mathrm{softplus}(w \cdot h_t + b))`, all linear in the token `h_t`,
+
+    .. math:: o_t = \sum_{s \le t} a_{s+1} \cdots a_t\, \kappa(Q_t, K_s)\, v_s, \qquad
+              W_o (\mathrm{SiLU}(W_g h_t) \odot \mathrm{RMSNorm}(o_t))
+
+    for each head, see [`grassmann_memory`].
+
+    Args:
+        hidden_size (`int`): `d`.
+        num_heads (`int`): heads, each with planes and values of its own.
+        reduced_size (`int`): `r`, the dimension in which planes are spanned. The state grows with its fourth power.
+        value_size (`int`): `dv`, the size of a head's values.
+        kernel (`str`, *optional*, defaults to `"binet_cauchy"`): similarity of planes, a key of `KERNELS`.
+        plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
+        norm_eps (`float`, *optional*, defaults to 1e-5): of the RMSNorm.
+        layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_grassmann import MemoryMixer
+
+    >>> mixer = MemoryMixer(hidden_size=64, num_heads=2, reduced_size=6, value_size=32)
+    >>> mixer(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    ```
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        reduced_size: int,
+        value_size: int,
+        kernel: str = "binet_cauchy",
+        plucker_eps: float = 1e-3,
+        norm_eps: float = 1e-5,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"`kernel` must be one of {list(KERNELS)}, got {kernel!r}.")
+        self.num_vectors = KERNELS[kernel].num_vectors
+        if reduced_size < self.num_vectors:
+            raise ValueError(
+                f"`reduced_size` must be at least {self.num_vectors} for the kernel {kernel!r}, got {reduced_size}."
+            )
+        self.num_heads, self.reduced_size, self.value_size = num_heads, reduced_size, value_size
+        self.kernel, self.plucker_eps, self.layer_idx = kernel, plucker_eps, layer_idx
+        planes_size = num_heads * self.num_vectors * reduced_size
+        self.query_proj = nn.Linear(hidden_size, planes_size, bias=False)
+        self.key_proj = nn.Linear(hidden_size, planes_size, bias=False)
+        self.value_proj = nn.Linear(hidden_size, num_heads * value_size, bias=False)
+        self.decay_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.decay_bias = nn.Parameter(initial_decay_bias(num_heads))
+        self.gate_proj = nn.Linear(hidden_size, num_heads * value_size, bias=False)
+        self.norm = nn.RMSNorm(value_size, eps=norm_eps)
+        self.out_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
+
+    def frames(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Frames of planes, or for kernels without them the vectors: `(B, T, H * m * r)` -> `(B, T, H, m, r)`."""
+        vectors = vectors.unflatten(-1, (self.num_heads, self.num_vectors, self.reduced_size))
+        return orthonormalise(vectors, self.plucker_eps) if self.num_vectors == 2 else vectors
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        past_key_values=None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): the tokens.
+            positions (integer `torch.Tensor` of shape `(B, T)`, *optional*): position of each token in its sequence,
+                [`NO_POSITION`] for padding. One that does not follow on the last starts a new sequence.
+            past_key_values (*optional*): a decoding state with an `update` method like that of a Transformers `Cache`;
+                needs `positions` or `cu_seqlens`.
+            cu_seqlens (integer `torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): where the sequences of a
+                packed row begin, and where the last one ends; needs `B = 1`. Nothing is read across a boundary.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, d)`.
+        """
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, hidden_states.shape[0], "cu_seqlens")
+            if positions is None:
+                positions = positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
+            else:
+                positions = separate_sequences(positions, cu_seqlens)
+        query, key = self.frames(self.query_proj(hidden_states)), self.frames(self.key_proj(hidden_states))
+        values = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
+        decay = self.decay_proj(hidden_states)  # (B, T, H)
+        log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
+        if past_key_values is None:
+            output, _ = grassmann_memory(query, key, values, log_decay, positions, kernel=self.kernel)
+        else:
+            output, _ = past_key_values.update(
+                key, values, self.layer_idx, query=query, log_decay=log_decay, positions=positions, kernel=self.kernel
+            )
+        gate = F.silu(self.gate_proj(hidden_states))
+        return self.out_proj(gate * self.norm(output).flatten(-2))  # (B, T, H, dv) -> (B, T, H * dv) -> (B, T, d)

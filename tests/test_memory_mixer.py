@@ -1,0 +1,158 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The layer around the Grassmann memory is the one that is written down, and a model of such layers sees its past."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, MemoryMixer
+from modeling_grassmann.configuration_grassmann import MEMORY_KERNELS
+from modeling_grassmann.grassmann_memory import KERNELS
+from modeling_grassmann.plucker import NO_POSITION
+
+
+def make_mixer(kernel="binet_cauchy", hidden_size=12, num_heads=3, reduced_size=5, value_size=4, seed=0):
+    torch.manual_seed(seed)
+    mixer = MemoryMixer(hidden_size, num_heads, reduced_size, value_size, kernel).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return mixer
+
+
+def memory_model(**fields):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "reduced_size": 4}
+    memory = {"mixer_types": "memory", "norm_placement": "pre", "max_position_embeddings": None}
+    return GrassmannForCausalLM(GrassmannConfig(**(sizes | memory | fields))).eval()
+
+
+def similarity(kernel, q, k):
+    """κ of two sets of vectors, by principal angles instead of Gram determinants."""
+    if KERNELS[kernel].num_vectors == 1:
+        return (q[0] @ k[0]) ** (2 if kernel == "inner_squared" else 1)
+    q, k = (torch.linalg.qr(vectors.T).Q for vectors in (q, k))  # (r, 2): other frames of the same planes
+    cosines = torch.linalg.svdvals(q.T @ k)
+    return cosines.prod() ** 2 if kernel == "binet_cauchy" else cosines.square().sum()
+
+
+def restated(mixer, hidden_states):
+    """A [`MemoryMixer`] as its docstring has it, for one row `(T, d)`, with loops over everything."""
+    states = dict(mixer.named_parameters())
+    outputs = []
+    for t, h in enumerate(hidden_states):
+        heads = []
+        for head in range(mixer.num_heads):
+
+            def of_head(name, token, head=head):
+                return (states[f"{name}.weight"] @ token).view(mixer.num_heads, -1)[head]
+
+            def vectors(name, token):
+                return of_head(name, token).view(mixer.num_vectors, mixer.reduced_size)
+
+            total = torch.zeros(mixer.value_size, dtype=h.dtype)
+            for s in range(t + 1):
+                decay = torch.tensor(1.0, dtype=h.dtype)
+                for u in range(s + 1, t + 1):
+                    decay = decay * torch.exp(
+                        -F.softplus(of_head("decay_proj", hidden_states[u])[0] + states["decay_bias"][head])
+                    )
+                kappa = similarity(mixer.kernel, vectors("query_proj", h), vectors("key_proj", hidden_states[s]))
+                total = total + decay * kappa * of_head("value_proj", hidden_states[s])
+            normed = total / (total.square().mean() + mixer.norm.eps).sqrt() * states["norm.weight"]
+            heads.append(normed * F.silu(of_head("gate_proj", h)))
+        outputs.append(states["out_proj.weight"] @ torch.cat(heads))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kernel", ["binet_cauchy", "projection", "inner", "inner_squared"])
+def test_the_mixer_is_what_its_docstring_says(kernel):
+    mixer = make_mixer(kernel)
+    hidden_states = torch.randn(7, 12, dtype=torch.double)
+    torch.testing.assert_close(mixer(hidden_states[None])[0], restated(mixer, hidden_states), atol=1e-10, rtol=1e-8)
+
+
+def test_a_mixer_alone_takes_padding_and_boundaries():
+    mixer = make_mixer()
+    rows = [torch.randn(length, 12, dtype=torch.double) for length in (5, 3)]
+    alone = [mixer(row[None])[0] for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left", padding_value=9.0)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [NO_POSITION, NO_POSITION, 0, 1, 2]])
+    together = mixer(padded, positions)
+    torch.testing.assert_close(together[0], alone[0])
+    torch.testing.assert_close(together[1, 2:], alone[1])
+    packed = mixer(torch.cat(rows)[None], cu_seqlens=torch.tensor([0, 5, 8]))[0]
+    torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def test_the_configuration_names_the_kernels_there_are():
+    assert {name: kernel.num_vectors for name, kernel in KERNELS.items()} == MEMORY_KERNELS
+
+
+def test_heads_begin_with_time_constants_from_2_to_512_tokens():
+    model = memory_model(num_memory_heads=5)
+    for layer in model.model.layers:
+        constants = 1 / F.softplus(layer.mixer.decay_bias)
+        torch.testing.assert_close(constants, torch.tensor([2.0, 8.0, 32.0, 128.0, 512.0]))
+
+
+def test_a_memory_sees_its_first_token_and_no_later_one():
+    model = memory_model()
+    ids = torch.randint(50, (1, 300))
+    changed = ids.clone()
+    changed[0, 150] = (ids[0, 150] + 1) % 50
+    difference = (model(changed).logits - model(ids).logits).abs().amax(-1)[0]
+    assert difference[:150].max() == 0
+    assert difference[150:].min() > 0
+
+
+def test_a_models_size_and_state_do_not_depend_on_the_context():
+    model = memory_model(memory_reduced_size=4, num_memory_heads=3, memory_value_size=7)
+    sizes = set()
+    for length in (1, 10, 500):
+        cache = model(torch.randint(50, (2, length)), use_cache=True).past_key_values
+        sizes.add(sum(layer.keys.numel() for layer in cache.layers))
+    assert sizes == {2 * 2 * 3 * (4**2 * (4**2 - 1) // 12) * 7}
+
+
+def test_layers_of_both_kinds_keep_states_of_both_kinds():
+    model = memory_model(mixer_types=["memory", "plucker"])
+    cache = model(torch.randint(50, (1, 9)), use_cache=True).past_key_values
+    assert [type(layer).__name__ for layer in cache.layers] == ["MemoryCacheLayer", "PluckerCacheLayer"]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gated_feed_forward_network_multiplies_two_maps(gated):
+    mlp = memory_model(gated_mlp=gated, hidden_act="silu").model.layers[0].mlp
+    hidden_states = torch.randn(3, 32)
+    inner = mlp.up_proj(hidden_states)
+    inner = F.silu(mlp.gate_proj(hidden_states)) * inner if gated else F.silu(inner)
+    torch.testing.assert_close(mlp(hidden_states), mlp.down_proj(inner))
+
+
+def test_a_memory_learns_to_recall_what_offsets_cannot_reach():
+    """Which of eight tokens was there, far back, has to be said at the end."""
+    torch.manual_seed(0)
+
+    def batch(size):
+        ids = torch.randint(10, 50, (size, 40))
+        ids[:, -2] = 1
+        ids[:, -1] = ids[:, 5] = torch.randint(2, 10, (size,))
+        return ids
+
+    def accuracy(model):
+        ids = batch(256)
+        with torch.no_grad():
+            return (model(ids).logits[:, -2].argmax(-1) == ids[:, -1]).float().mean().item()
+
+    model = memory_model(hidden_dropout=0.0, embedding_dropout=0.0, initializer_range=0.2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(200):
+        ids = batch(32)
+        loss = F.cross_entropy(model(ids, use_cache=False).logits[:, -2], ids[:, -1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accuracy(model) > 0.9
+    # One in eight by chance.
+    assert accuracy(memory_model()) < 0.3
