@@ -41,6 +41,8 @@ Rules that hold in all:
 
 import math
 import operator
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import combinations
@@ -50,7 +52,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plucker import NO_POSITION, unit, unit_tangent
+from .plucker import BACKEND_VARIABLE, NO_POSITION, unit, unit_tangent
+
+
+try:
+    from .grassmann_memory_triton import memory_pairs_triton, why_not_triton
+except ImportError:
+    memory_pairs_triton = None
 
 
 # Less than e^-100 is no memory at all, and sums of this stay finite.
@@ -494,7 +502,9 @@ def grassmann_memory_recurrent(
 
 
 @torch.no_grad()
-def decay_factors(log_decay: torch.Tensor, segment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def decay_factors(
+    log_decay: torch.Tensor, segment: torch.Tensor, steps: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Decays inside chunks of `c` steps, and from what comes before them. Only sums of log decays, never positive, are
     exponentiated.
@@ -503,16 +513,17 @@ def decay_factors(log_decay: torch.Tensor, segment: torch.Tensor) -> tuple[torch
         log_decay (`torch.Tensor` of shape `(B, H, N, c)`): of each step.
         segment (integer `torch.Tensor` of shape `(B or 1, 1, N, c)`): number of the sequence of each step, from 0 for
             the one that began before all.
+        steps (`slice`, *optional*): those to which decays from inside of their chunk are wanted, by default all.
 
     Returns:
         - Sums of log decays from the beginning of each chunk, `(B, H, N, c)`;
-        - decays `D_ts` from each step `s` of a chunk to each step `t`, `(B, H, N, c, c)`;
+        - decays `D_ts` from each step `s` of a chunk to each step `t` of `steps`, `(B, H, N, c, c)`;
         - decays from the end of the previous chunk to each step, `(B, H, N, c)`.
     """
     total = log_decay.cumsum(-1)
     later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
-    unseen = later | (segment[..., :, None] != segment[..., None, :])
-    inside = (total[..., :, None] - total[..., None, :]).masked_fill(unseen, -math.inf).exp()
+    unseen = later[steps] | (segment[..., steps, None] != segment[..., None, :])
+    inside = (total[..., steps, None] - total[..., None, :]).masked_fill(unseen, -math.inf).exp()
     before = F.pad(segment[..., :-1, -1], (1, 0))[..., None]  # (B or 1, 1, N, 1)
     return total, inside, torch.where(segment == before, total.exp(), 0)
 
@@ -534,8 +545,8 @@ def scan_states(log_decay: torch.Tensor, segment: torch.Tensor, writes: torch.Te
     num_groups = (num_chunks + size - 1) // size
     padding = num_groups * size - num_chunks
     if padding:
-        log_decay, writes = F.pad(log_decay, (0, padding)), F.pad(writes, (0, 0, 0, padding))
-        segment = torch.cat([segment, segment[..., -1:].expand(-1, -1, padding)], dim=-1)
+        log_decay, segment = F.pad(log_decay, (0, padding)), F.pad(segment, (0, padding))
+        writes = F.pad(writes, (0, 0, 0, padding))
     log_decay, segment = (steps.unflatten(2, (num_groups, size)) for steps in (log_decay, segment))
     total, inside, entering = decay_factors(log_decay, segment)
     states = inside @ writes.unflatten(2, (num_groups, size))  # (B, H, groups, size, F * dv)
@@ -566,6 +577,26 @@ def choose_chunk_size(length: int, num_features: int) -> int:
     return 64 if num_features < 200 else 128
 
 
+def choose_memory_backend(backend: str, values: torch.Tensor, kernel: str, reduced_size: int) -> str:
+    """
+    `"torch"` or `"triton"`: what serves where `backend`, or for `"auto"` the environment variable `GRASSMANN_BACKEND`,
+    asks for one of these. `"naive"`, and `"auto"` in both, is `"torch"`: nobody has timed the kernels yet.
+    """
+    asked = os.environ.get(BACKEND_VARIABLE, "auto") if backend == "auto" else backend
+    if asked not in ("auto", "naive", "torch", "triton"):
+        raise ValueError(f"The backend must be one of ['auto', 'naive', 'torch', 'triton'], got {asked!r}.")
+    if asked != "triton":
+        return "torch"
+    reason = "Triton is not installed"
+    if memory_pairs_triton is not None:
+        reason = why_not_triton(values, kernel, reduced_size)
+    if reason is None:
+        return "triton"
+    if not torch.compiler.is_compiling():
+        warnings.warn(f'The backend "triton" cannot serve: {reason}. "torch" does instead.', stacklevel=2)
+    return "torch"
+
+
 def grassmann_memory(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -576,6 +607,7 @@ def grassmann_memory(
     kernel: str = "binet_cauchy",
     chunk_size: int | None = None,
     output_final_state: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
     r"""
     The Grassmann memory :math:`o_t = \sum_{s \le t} D_{ts}\, \kappa(Q_t, K_s)\, v_s`, see the top of this file.
@@ -601,6 +633,8 @@ def grassmann_memory(
             Number of tokens in a chunk, by default that of [`choose_chunk_size`]. `T` is the quadratic form.
         output_final_state (`bool`, *optional*, defaults to `False`):
             Whether to return the state after the last token.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"torch"`, `"triton"` (pairs of tokens in fused GPU kernels) or `"auto"`: see [`choose_memory_backend`].
 
     Returns:
         `torch.Tensor` of shape `(B, T, H, dv)` in the type of `values`, and the final [`MemoryState`] or `None`.
@@ -612,30 +646,40 @@ def grassmann_memory(
     if values.shape[1] == 1 and chunk_size is None:
         output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)
         return output, state if output_final_state else None
+    backend = choose_memory_backend(backend, values, kernel, query.shape[-1])
     with without_autocast(values.device):
         return grassmann_memory_chunked(
-            query, key, values, log_decay, positions, initial_state, kernel, chunk_size, output_final_state
+            query, key, values, log_decay, positions, initial_state, kernel, chunk_size, output_final_state, backend
         )
 
 
 def grassmann_memory_chunked(
-    query, key, values, log_decay, positions, initial_state, kernel, chunk_size, output_final_state
+    query, key, values, log_decay, positions, initial_state, kernel, chunk_size, output_final_state, backend
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """[`grassmann_memory`], whose arguments these are."""
-    kernel, dtype, length = KERNELS[kernel], values.dtype, values.shape[1]
+    name, kernel, dtype, length = kernel, KERNELS[kernel], values.dtype, values.shape[1]
     if chunk_size is None:
         chunk_size = choose_chunk_size(length, kernel.num_features(query.shape[-1]))
     chunk_size = min(chunk_size, length)
+    arguments = query, key, values, log_decay
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     last = last_position(initial_state, values)
+    segments = None
     if positions is None:
         starts = torch.zeros(1, length, dtype=torch.bool, device=values.device)
         last = following_positions(last, length)[:, -1]
     else:
         real, starts, last = sequence_starts(positions.expand(values.shape[:2]), last)
+        number = starts.cumsum(1, dtype=torch.int32)
+        segments = torch.where(real, number, -1 - number)
         query, key, values = keep(real, query, key, values)
         (log_decay,) = keep(real & ~starts, log_decay)
+    one_chunk = chunk_size == length and initial_state is None and not output_final_state
+    if backend == "triton":
+        pairs = memory_pairs_triton(*arguments, segments, name, chunk_size)
+        if one_chunk:
+            return pairs, None
     square = square_tensors(kernel, query)
     query, key = (split_chunks(frames, chunk_size).movedim(3, -1) for frames in (query, key))  # (B, H, N, m, r, c)
     query, key = kernel.coordinates(query), kernel.coordinates(key)  # (B, H, N, C, c)
@@ -645,15 +689,18 @@ def grassmann_memory_chunked(
     # D_ts = e^{L_t - L_s}, with sums L of log decays. Constants take the place of D, without gradients: decays for
     # rounded sums. What remains is e^{rest_t} e^{-rest_s} with the difference `rest` between L and these sums, next to
     # zero, which belongs to tokens instead of pairs. It takes back the rounding and carries the gradient.
-    total, inside, entering = decay_factors(log_decay, segment)
+    steps = slice(None) if backend == "torch" else slice(-1, None)
+    total, inside, entering = decay_factors(log_decay, segment, steps)
     rest = log_decay - F.pad(total, (1, 0)).diff(dim=-1)  # (B, H, N, c)
     rest = rest.flatten(2).cumsum(-1).view_as(rest)
     values = values * (-rest).exp()[..., None]  # (B, H, N, c, dv)
 
-    similarity = query.mT @ key  # (B, H, N, c, c)
-    if kernel.square is not None:
-        similarity = similarity.square()
-    output = (similarity * inside) @ values  # (B, H, N, c, dv)
+    output = torch.zeros_like(values)
+    if backend == "torch":
+        similarity = query.mT @ key  # (B, H, N, c, c)
+        if kernel.square is not None:
+            similarity = similarity.square()
+        output = (similarity * inside) @ values  # (B, H, N, c, dv)
 
     # Without an initial state the first chunk reads nothing; without a final one, nobody what the last chunk writes.
     num_chunks = values.shape[2]
@@ -674,4 +721,6 @@ def grassmann_memory_chunked(
         if output_final_state:
             state = MemoryState(states[:, :, -1] * rest[:, :, -1, -1, None, None].exp(), last)
     output = (output * rest.exp()[..., None]).movedim(1, 3).flatten(1, 2)[:, :length]  # (B, T, H, dv)
+    if backend == "triton":
+        output = output + pairs
     return output.to(dtype), state

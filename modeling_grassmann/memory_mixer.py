@@ -41,6 +41,8 @@ class MemoryMixer(nn.Module):
         plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
         norm_eps (`float`, *optional*, defaults to 1e-5): of the RMSNorm.
         layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
+        backend (`str`, *optional*, defaults to `"auto"`): what computes pairs of tokens without a decoding state, see
+            [`grassmann_memory`].
 
     Example:
 
@@ -64,6 +66,7 @@ class MemoryMixer(nn.Module):
         plucker_eps: float = 1e-3,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         if kernel not in KERNELS:
@@ -74,7 +77,7 @@ class MemoryMixer(nn.Module):
                 f"`reduced_size` must be at least {self.num_vectors} for the kernel {kernel!r}, got {reduced_size}."
             )
         self.num_heads, self.reduced_size, self.value_size = num_heads, reduced_size, value_size
-        self.kernel, self.plucker_eps, self.layer_idx = kernel, plucker_eps, layer_idx
+        self.kernel, self.plucker_eps, self.layer_idx, self.backend = kernel, plucker_eps, layer_idx, backend
         planes_size = num_heads * self.num_vectors * reduced_size
         self.query_proj = nn.Linear(hidden_size, planes_size, bias=False)
         self.key_proj = nn.Linear(hidden_size, planes_size, bias=False)
@@ -121,7 +124,9 @@ class MemoryMixer(nn.Module):
         decay = self.decay_proj(hidden_states)  # (B, T, H)
         log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
         if past_key_values is None:
-            output, _ = grassmann_memory(query, key, values, log_decay, positions, kernel=self.kernel)
+            output, _ = grassmann_memory(
+                query, key, values, log_decay, positions, kernel=self.kernel, backend=self.backend
+            )
         else:
             output, _ = past_key_values.update(
                 key, values, self.layer_idx, query=query, log_decay=log_decay, positions=positions, kernel=self.kernel

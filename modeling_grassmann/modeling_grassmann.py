@@ -73,6 +73,7 @@ def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer | Memory
             plucker_eps=config.plucker_eps,
             norm_eps=config.layer_norm_eps,
             layer_idx=layer_idx,
+            backend=config.mixer_backend,
         )
     return PluckerMixer(
         config.hidden_size,

@@ -12,6 +12,9 @@ from modeling_grassmann.grassmann_memory import KERNELS
 from modeling_grassmann.plucker import NO_POSITION
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_mixer(kernel="binet_cauchy", hidden_size=12, num_heads=3, reduced_size=5, value_size=4, seed=0):
     torch.manual_seed(seed)
     mixer = MemoryMixer(hidden_size, num_heads, reduced_size, value_size, kernel).double()
@@ -83,6 +86,22 @@ def test_a_mixer_alone_takes_padding_and_boundaries():
     torch.testing.assert_close(together[1, 2:], alone[1])
     packed = mixer(torch.cat(rows)[None], cu_seqlens=torch.tensor([0, 5, 8]))[0]
     torch.testing.assert_close(packed, torch.cat(alone))
+
+
+@pytest.mark.parametrize("chunks", ["one", "many"])
+def test_the_kernels_give_what_plain_torch_gives(chunks, monkeypatch):
+    if chunks == "many":
+        monkeypatch.setattr("modeling_grassmann.grassmann_memory.choose_chunk_size", lambda length, num_features: 16)
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        mixer = MemoryMixer(12, 2, 4, 8, backend=backend).to(DEVICE)
+        hidden_states = torch.randn(2, 40, 12).to(DEVICE).requires_grad_()
+        positions = torch.cat([torch.full((2, 3), NO_POSITION), torch.arange(37).repeat(2, 1)], dim=1).to(DEVICE)
+        output = mixer(hidden_states, positions)[:, 3:]
+        results.append([output, *torch.autograd.grad(output.sin().sum(), [hidden_states, *mixer.parameters()])])
+    for expected, actual in zip(*results):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_the_configuration_names_the_kernels_there_are():

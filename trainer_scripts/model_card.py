@@ -38,12 +38,13 @@ PICTURES = {
 # Fields of a configuration that say what a model is, as far as it has them.
 ARCHITECTURE = (
     *("model_type", "head_type", "freeze_backbone", "hidden_size", "num_hidden_layers", "intermediate_size"),
-    *("mixer_types", "num_attention_heads", "num_heads", "num_plucker_heads", "reduced_size", "offsets"),
-    *("num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel", "gated_mlp", "norm_placement"),
+    *("num_attention_heads", "num_heads", "num_plucker_heads", "reduced_size", "offsets", "norm_placement"),
     *("mixer_out_proj", "separate_past_projection", "learned_offset_weights", "is_causal"),
     *("window_size", "window_stride", "pair_sharing", "use_plucker_features", "pooling", "classifier_pooling"),
     *("max_position_embeddings", "vocab_size"),
 )
+# And those of models with memories.
+MEMORY = ("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel", "gated_mlp")
 # Facts of `metrics.json` about the training, as far as it has them, and how a card shows them.
 FACTS = {
     "seed": ("random seed", str),
@@ -310,7 +311,8 @@ def architecture(record: Record) -> str:
     config = record.config
     if config is None:
         return "The files of the run do not say what the model is made of."
-    fields = {name: getattr(config, name, None) for name in ARCHITECTURE}
+    names = ARCHITECTURE + (MEMORY if "memory" in getattr(config, "layer_mixers", ()) else ())
+    fields = {name: getattr(config, name, None) for name in names}
     if not record.saved_config:
         # Follows from a tokenizer that is not here.
         del fields["vocab_size"]
@@ -437,6 +439,8 @@ def make_card(record: Record, repo_id: str | None = None, license: str = "apache
         folder = folder.relative_to(REPOSITORY)
     paths = [quote(path) for path in (f"{folder.as_posix()}/recipe.yaml", f"runs/{name}")]
     script = "run_nli.py" if record.task == "text-classification" else "run_clm.py"
+    if "train_size" in recipe or "test_num_pairs" in recipe:
+        script = "run_recall.py"
     licence = f"The weights: {license}. The modeling code: Apache License 2.0."
     if recipe:
         licence += " What they were made from has licences of its own, which its sources state."

@@ -1,0 +1,855 @@
+# Copyright 2026 The modeling_grassmann authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""The pairs of the Grassmann memory in fused Triton kernels, forward and backward, without Transformers.
+
+[`memory_pairs_triton`] computes, inside of each chunk of a row, the sum of `grassmann_memory.py` over pairs of tokens,
+
+.. math:: o_t = \sum_{s \le t} A_{ts} v_s, \qquad A_{ts} = D_{ts} f(S_{ts}), \qquad S_{ts} = \langle x_t, y_s \rangle,
+
+where `x` and `y` are the coordinates of planes, `f` is a square or nothing, and the decay `D` is zero between
+sequences. One chunk as long as the row is the whole memory. It is attention without softmax, in which no `(T, T)`
+tensor exists, in either direction.
+
+- [`coordinates_kernel`] makes the coordinates of frames, and [`coordinates_backward_kernel`] takes gradients back;
+- [`decays_kernel`] sums log decays inside of blocks of tokens;
+- [`pairs_kernel`] is the sum, [`query_backward_kernel`] and [`key_backward_kernel`] are its gradients;
+- [`decays_backward_kernel`] is the gradient of log decays.
+
+**Decays.** With sums :math:`c_t` of log decays from the beginning of its block to a token, a token of a block sees one
+of an earlier block through three factors that are at most one: :math:`e^{c_t}`, the whole decay of the blocks between,
+and the decay from `s` to the end of its block. A start of a sequence on the way makes one of them zero. So the pairs
+of two blocks need no exponential and no mask, only sums that are never positive are exponentiated, and none of them is
+a difference of large numbers. Inside of a block it is :math:`e^{c_t - c_s}`, where `c` is kept in two float32 numbers.
+Blocks that are forgotten, through decay or through the start of a sequence, are not visited.
+
+**Gradients.** With :math:`\bar A_{ts} = \langle \bar o_t, v_s \rangle`, those of `v`, `x` and `y` are
+:math:`A^\top \bar o`, :math:`\bar S y` and :math:`\bar S^\top x`, where :math:`\bar S = D \odot f'(S) \odot \bar A`.
+A log decay of step `u` is in `D_ts` with :math:`s < u \le t`, so that its gradient is the sum of
+:math:`A_{ts} \bar A_{ts}` over these pairs. That is the sum over :math:`t \ge u` of
+:math:`\sum_s A_{ts} \bar A_{ts} - \sum_s A_{st} \bar A_{st}`, as pairs that lie behind `u` altogether come in both
+terms; these two are :math:`\langle \bar o_t, o_t \rangle` and :math:`\langle v_t, \bar v_t \rangle`. They are summed
+here before anything is rounded, without the pairs :math:`s = t`, which would cancel.
+
+Sums have a fixed order: the same inputs give the same bits.
+"""
+
+import operator
+import re
+
+import torch
+
+
+# Optional packages are imported inside of `try`: Transformers demands what it finds elsewhere in a file that travels
+# with a checkpoint. `grassmann_memory.py` does without this file where there is no Triton.
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+
+MAX_COORDINATES = 160
+MAX_VALUE_SIZE = 128
+# Those of `grassmann_memory.py`, which imports this file.
+MIN_LOG_DECAY = -100.0
+# Smaller exponentials than this one's are no normal float32 numbers.
+FORGOTTEN = tl.constexpr(-88.0)
+# As Triton itself decides it, when kernels are declared.
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@triton.jit
+def locate(program, num_blocks, num_heads, num_chunks, chunk_size, length):
+    """
+    Of the programs of all blocks of all heads' chunks: block, number of head and chunk, row, head, the chunk's first
+    token and its number of tokens.
+    """
+    block = program % num_blocks
+    sequence = program // num_blocks
+    head = sequence % num_heads
+    chunk = sequence // num_heads % num_chunks
+    row = sequence // (num_heads * num_chunks)
+    first = chunk * chunk_size
+    return block, sequence.to(tl.int64), row.to(tl.int64), head, first, tl.minimum(chunk_size, length - first)
+
+
+@triton.jit
+def load_segments(pointers, mask):
+    """Number of the sequence of each token, and whether it is real: padding has the complement of its number."""
+    number = tl.load(pointers, mask=mask, other=-1)
+    return tl.where(number < 0, -1 - number, number), number >= 0
+
+
+@triton.jit
+def load_real(segment, token, inside, segment_token, SEGMENTS: tl.constexpr):
+    """Which tokens are real."""
+    real = inside
+    if SEGMENTS:
+        _, real = load_segments(segment + token * segment_token, inside)
+    return real
+
+
+@triton.jit
+def load_values(row, token, channel, real, stride, dv: tl.constexpr):
+    """Rows of values or their gradients, zeros where they are not real: `(BLOCK, BLOCK_V)`."""
+    pointers = row + token.to(tl.int64)[:, None] * stride + channel[None, :]
+    return tl.load(pointers, mask=real[:, None] & (channel < dv)[None, :], other=0.0)
+
+
+@triton.jit
+def load_coordinates(row, token, inside, C1: tl.constexpr, C2: tl.constexpr):
+    """Coordinates, a power of two of them and one more: `(BLOCK, C1)` and `(BLOCK, C2)`."""
+    pointers = row + token[:, None] * (C1 + C2)
+    first = tl.load(pointers + tl.arange(0, C1)[None, :], mask=inside[:, None], other=0.0)
+    second = first
+    if C2 > 0:
+        second = tl.load(pointers + C1 + tl.arange(0, C2)[None, :], mask=inside[:, None], other=0.0)
+    return first, second
+
+
+@triton.jit
+def inner_products(x1, x2, y1, y2, C2: tl.constexpr, PRECISION: tl.constexpr):
+    """Of all pairs of rows."""
+    products = tl.dot(x1, tl.trans(y1), input_precision=PRECISION)
+    if C2 > 0:
+        products = tl.dot(x2, tl.trans(y2), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def multiply_add(a, y1, y2, total1, total2, C2: tl.constexpr, PRECISION: tl.constexpr):
+    """Add `a @ y` to totals, in the type of `a`."""
+    total1 = tl.dot(a, y1.to(a.dtype), total1, input_precision=PRECISION)
+    if C2 > 0:
+        total2 = tl.dot(a, y2.to(a.dtype), total2, input_precision=PRECISION)
+    return total1, total2
+
+
+@triton.jit
+def store_coordinates(row, token, inside, first, second, C1: tl.constexpr, C2: tl.constexpr):
+    pointers = row + token[:, None] * (C1 + C2)
+    dtype = row.dtype.element_ty
+    tl.store(pointers + tl.arange(0, C1)[None, :], first.to(dtype), mask=inside[:, None])
+    if C2 > 0:
+        tl.store(pointers + C1 + tl.arange(0, C2)[None, :], second.to(dtype), mask=inside[:, None])
+
+
+@triton.jit
+def factors(column, r: tl.constexpr, SHIFT: tl.constexpr):
+    """The two entries of a frame's vectors that make a coordinate: `i`, and the one so much further, cyclically."""
+    i = column % r
+    j = i + column // r + SHIFT
+    return i, tl.where(j >= r, j - r, j)
+
+
+@triton.jit
+def coordinates_kernel(
+    frames, segment, coordinates, num_blocks, num_heads, num_chunks, chunk_size, length,
+    frames_row, frames_token, frames_head, frames_vector, segment_row, segment_token,
+    KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Coordinates of frames in an order of their own, zeros for padding: `(B * N * H, c, WIDTH)`."""
+    block, sequence, row, head, first, size = locate(
+        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
+    )
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < size
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+    real = load_real(segment, token, inside, segment_token, SEGMENTS)
+    column = tl.arange(0, BLOCK_C)
+    mask = real[:, None] & (column < C)[None, :]
+    a = frames + row * frames_row + head * frames_head + (first + token).to(tl.int64)[:, None] * frames_token
+    if KIND == "inner":
+        result = tl.load(a + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        i, j = factors(column, r, 1 if KIND == "wedge" else 0)
+        b = a + frames_vector
+        a_i = tl.load(a + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        a_j = tl.load(a + j[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_i = tl.load(b + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_j = tl.load(b + j[None, :], mask=mask, other=0.0).to(tl.float32)
+        if KIND == "wedge":
+            result = a_i * b_j - a_j * b_i
+        else:
+            result = (a_i * a_j + b_i * b_j) * tl.where(i == j, 1.0, 1.4142135623730951)[None, :]
+    pointers = coordinates + (sequence * chunk_size + token)[:, None] * WIDTH + column[None, :]
+    mask = (token < chunk_size)[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointers, result.to(coordinates.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def coordinates_backward_kernel(
+    frames, segment, grad_coordinates, grad_frames, num_blocks, num_heads, num_chunks, chunk_size, length,
+    frames_row, frames_token, frames_head, frames_vector, segment_row, segment_token,
+    KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gradients of frames, `(B, T, H, m, r)`: each entry gathers what it gets from coordinates on either side."""
+    block, sequence, row, head, first, size = locate(
+        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
+    )
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < size
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+    real = load_real(segment, token, inside, segment_token, SEGMENTS)
+    i = tl.arange(0, BLOCK_R)
+    mask = real[:, None] & (i < r)[None, :]
+    gradient = grad_coordinates + (sequence * chunk_size + token)[:, None] * WIDTH
+    VECTORS: tl.constexpr = 1 if KIND == "inner" else 2
+    result = grad_frames + ((row * length + first + token) * num_heads + head)[:, None] * (VECTORS * r) + i[None, :]
+    dtype = grad_frames.dtype.element_ty
+    if KIND == "inner":
+        grad_a = tl.load(gradient + i[None, :], mask=mask, other=0.0)
+    else:
+        a = frames + row * frames_row + head * frames_head + (first + token).to(tl.int64)[:, None] * frames_token
+        b = a + frames_vector
+        grad_a = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+        grad_b = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+        if KIND == "projection":
+            g = tl.load(gradient + i[None, :], mask=mask, other=0.0).to(tl.float32) * 1.4142135623730951
+            grad_a += g * tl.load(a + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            grad_b += g * tl.load(b + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        for step in range(r // 2):
+            shift = step + 1
+            start = (shift if KIND == "projection" else step) * r
+            # The coordinate that begins here, and the one that ends here. Halfway around, each pair comes once.
+            j = tl.where(i + shift >= r, i + shift - r, i + shift)
+            k = tl.where(i < shift, i - shift + r, i - shift)
+            ahead = mask & ((2 * shift < r) | (2 * i < r))[None, :]
+            behind = mask & ((2 * shift < r) | (2 * k < r))[None, :]
+            g = tl.load(gradient + start + i[None, :], mask=ahead, other=0.0).to(tl.float32)
+            h = tl.load(gradient + start + k[None, :], mask=behind, other=0.0).to(tl.float32)
+            a_j = tl.load(a + j[None, :], mask=ahead, other=0.0).to(tl.float32)
+            b_j = tl.load(b + j[None, :], mask=ahead, other=0.0).to(tl.float32)
+            a_k = tl.load(a + k[None, :], mask=behind, other=0.0).to(tl.float32)
+            b_k = tl.load(b + k[None, :], mask=behind, other=0.0).to(tl.float32)
+            if KIND == "wedge":
+                grad_a += g * b_j - h * b_k
+                grad_b += h * a_k - g * a_j
+            else:
+                grad_a += g * a_j + h * a_k
+                grad_b += g * b_j + h * b_k
+        if KIND == "projection":
+            grad_a *= 1.4142135623730951
+            grad_b *= 1.4142135623730951
+        tl.store(result + r, grad_b.to(dtype), mask=inside[:, None] & (i < r)[None, :])
+    tl.store(result, grad_a.to(dtype), mask=inside[:, None] & (i < r)[None, :])
+
+
+@triton.jit
+def decays_kernel(
+    log_decay, segment, decays, num_blocks, num_heads, num_chunks, chunk_size, length,
+    decay_row, decay_token, decay_head, segment_row, segment_token,
+    MIN_LOG_DECAY: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """
+    For each token, `(5, B * N * H, c)`: the sum of log decays from the beginning of its block in two float32 numbers,
+    the decay from before its block, that to the end of it, and the sum of the whole block.
+    """
+    block, sequence, row, head, first, size = locate(
+        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
+    )
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < size
+    pointers = log_decay + row * decay_row + head * decay_head + (first + token).to(tl.int64) * decay_token
+    step = tl.maximum(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), MIN_LOG_DECAY)
+    # The first token of a chunk follows none.
+    counts = inside & (token > 0)
+    number = tl.zeros([BLOCK], tl.int32)
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+        number, real = load_segments(segment + token * segment_token, inside)
+        previous, _ = load_segments(segment + (token - 1) * segment_token, counts)
+        counts &= real & (number == previous)
+    step = tl.where(counts, step, 0.0).to(tl.float64)
+    until = tl.cumsum(step)
+    total = tl.sum(step)
+    high = until.to(tl.float32)
+    entering = tl.exp(high)
+    leaving = tl.exp((total - until).to(tl.float32))
+    total = total.to(tl.float32)
+    if SEGMENTS:
+        before, _ = load_segments(segment + (block * BLOCK - 1) * segment_token, block > 0)
+        last, _ = load_segments(segment + (tl.minimum(block * BLOCK + BLOCK, size) - 1) * segment_token, size > 0)
+        entering = tl.where((block > 0) & (number == before), entering, 0.0)
+        leaving = tl.where(number == last, leaving, 0.0)
+        total = tl.where((block == 0) | (last == before), total, -float("inf"))
+    stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
+    pointers = decays + sequence * chunk_size + token
+    inside = token < chunk_size
+    tl.store(pointers, high, mask=inside)
+    tl.store(pointers + stride, (until - high.to(tl.float64)).to(tl.float32), mask=inside)
+    tl.store(pointers + 2 * stride, entering, mask=inside)
+    tl.store(pointers + 3 * stride, leaving, mask=inside)
+    tl.store(pointers + 4 * stride, tl.zeros([BLOCK], tl.float32) + total, mask=inside)
+
+
+@triton.jit
+def count_earlier(totals, block, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks before this one it has not forgotten."""
+    step = tl.arange(0, NUM_BLOCKS)
+    exists = step < block
+    # The decay between two blocks is that of the ones in between.
+    between = tl.load(totals + (block - step) * BLOCK, mask=exists & (step > 0), other=0.0)
+    return tl.sum((exists & (tl.cumsum(between) >= FORGOTTEN)).to(tl.int32))
+
+
+@triton.jit
+def count_later(totals, block, num_blocks, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks behind this one have not forgotten it."""
+    step = tl.arange(0, NUM_BLOCKS)
+    exists = step < num_blocks - 1 - block
+    between = tl.load(totals + (block + step) * BLOCK, mask=exists & (step > 0), other=0.0)
+    return tl.sum((exists & (tl.cumsum(between) >= FORGOTTEN)).to(tl.int32))
+
+
+@triton.jit
+def decay_inside(
+    decays, segment, token, inside, stride, segment_token,
+    SEGMENTS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`D_ts` for the tokens of one block, `t` first, or `s` first if `TRANSPOSED`; and where `s < t`."""
+    high = tl.load(decays + token, mask=inside, other=0.0)
+    low = tl.load(decays + stride + token, mask=inside, other=0.0)
+    place = tl.arange(0, BLOCK)
+    if TRANSPOSED:
+        exponent = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
+        seen = (place[:, None] <= place[None, :]) & inside[None, :]
+        before = place[:, None] < place[None, :]
+    else:
+        exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        seen = (place[None, :] <= place[:, None]) & inside[:, None]
+        before = place[None, :] < place[:, None]
+    if SEGMENTS:
+        number, _ = load_segments(segment + token * segment_token, inside)
+        seen &= number[:, None] == number[None, :]
+    return tl.exp(tl.where(seen, exponent, -float("inf"))), before
+
+
+@triton.jit
+def pairs_kernel(
+    query, key, values, decays, segment, output, num_blocks, num_heads, num_chunks, chunk_size, length,
+    values_row, values_token, values_head, segment_row, segment_token,
+    SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
+    SIMILARITY: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`Σ D_ts f(S_ts) v_s` for a block of tokens `t`."""
+    # Long sums first.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
+    place = tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_V)
+    stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
+    decays += sequence * chunk_size
+    totals = decays + 4 * stride
+    key += sequence * chunk_size * (C1 + C2)
+    values += row * values_row + head * values_head + first.to(tl.int64) * values_token
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+
+    token = block * BLOCK + place
+    inside = token < size
+    x1, x2 = load_coordinates(query + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
+    total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    if NUM_BLOCKS > 1:
+        between = 0.0
+        for step in tl.range(0, count_earlier(totals, block, NUM_BLOCKS, BLOCK)):
+            other = block - 1 - step
+            source = other * BLOCK + place
+            exists = source < size
+            real = load_real(segment, source, exists, segment_token, SEGMENTS)
+            y1, y2 = load_coordinates(key, source, exists, C1, C2)
+            v = load_values(values, source, channel, real, values_token, dv)
+            leaving = tl.load(decays + 3 * stride + source, mask=exists, other=0.0) * tl.exp(between)
+            between += tl.load(totals + other * BLOCK)
+            s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
+            if SQUARED:
+                s *= s
+            total = tl.dot((s * leaving[None, :]).to(v.dtype), v, total, input_precision=PRECISION)
+        total *= tl.load(decays + 2 * stride + token, mask=inside, other=0.0)[:, None]
+
+    decay, _ = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, False, BLOCK)
+    real = load_real(segment, token, inside, segment_token, SEGMENTS)
+    y1, y2 = load_coordinates(key, token, inside, C1, C2)
+    v = load_values(values, token, channel, real, values_token, dv)
+    s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
+    if SQUARED:
+        s *= s
+    total = tl.dot((s * decay).to(v.dtype), v, total, input_precision=PRECISION)
+    pointers = output + ((row * length + first + token) * num_heads + head)[:, None] * dv + channel[None, :]
+    tl.store(pointers, total.to(output.dtype.element_ty), mask=inside[:, None] & (channel < dv)[None, :])
+
+
+@triton.jit
+def query_backward_kernel(
+    query, key, values, decays, segment, grad, grad_query, sums, block_sums,
+    num_blocks, num_heads, num_chunks, chunk_size, length,
+    values_row, values_token, values_head, segment_row, segment_token,
+    SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
+    SIMILARITY: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """For a block of tokens `t`: the gradient of `x_t`, sums of `A_ts` times its gradient over `s < t`, their sum."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
+    place = tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_V)
+    stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
+    decays += sequence * chunk_size
+    totals = decays + 4 * stride
+    key += sequence * chunk_size * (C1 + C2)
+    values += row * values_row + head * values_head + first.to(tl.int64) * values_token
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+
+    token = block * BLOCK + place
+    inside = token < size
+    real = load_real(segment, token, inside, segment_token, SEGMENTS)
+    x1, x2 = load_coordinates(query + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
+    grad += ((row * length + first) * num_heads + head) * dv
+    do = load_values(grad, token, channel, real, num_heads * dv, dv)
+    total1 = tl.zeros([BLOCK, C1], tl.float32)
+    total2 = tl.zeros([BLOCK, C2 if C2 > 0 else 1], tl.float32)
+    row_sum = tl.zeros([BLOCK], tl.float32)
+    if NUM_BLOCKS > 1:
+        between = 0.0
+        for step in tl.range(0, count_earlier(totals, block, NUM_BLOCKS, BLOCK)):
+            other = block - 1 - step
+            source = other * BLOCK + place
+            exists = source < size
+            real_source = load_real(segment, source, exists, segment_token, SEGMENTS)
+            y1, y2 = load_coordinates(key, source, exists, C1, C2)
+            v = load_values(values, source, channel, real_source, values_token, dv)
+            leaving = tl.load(decays + 3 * stride + source, mask=exists, other=0.0) * tl.exp(between)
+            between += tl.load(totals + other * BLOCK)
+            s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
+            ds = tl.dot(do, tl.trans(v), input_precision=PRECISION) * leaving[None, :]
+            if SQUARED:
+                ds *= s
+            row_sum += tl.sum(ds * s, axis=1)
+            total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1, total2, C2, PRECISION)
+        entering = tl.load(decays + 2 * stride + token, mask=inside, other=0.0)
+        total1 *= entering[:, None]
+        total2 *= entering[:, None]
+        row_sum *= entering
+
+    decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, False, BLOCK)
+    y1, y2 = load_coordinates(key, token, inside, C1, C2)
+    v = load_values(values, token, channel, real, values_token, dv)
+    s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
+    ds = tl.dot(do, tl.trans(v), input_precision=PRECISION) * decay
+    if SQUARED:
+        ds *= s
+    row_sum += tl.sum(tl.where(before, ds * s, 0.0), axis=1)
+    total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1, total2, C2, PRECISION)
+    if SQUARED:
+        total1 *= 2.0
+        total2 *= 2.0
+    store_coordinates(grad_query + sequence * chunk_size * (C1 + C2), token, inside, total1, total2, C1, C2)
+    tl.store(sums + sequence * chunk_size + token, row_sum, mask=inside)
+    tl.store(block_sums + sequence * num_blocks + block, tl.sum(row_sum))
+
+
+@triton.jit
+def key_backward_kernel(
+    query, key, values, decays, segment, grad, grad_key, grad_values, sums, block_sums,
+    num_blocks, num_heads, num_chunks, chunk_size, length,
+    values_row, values_token, values_head, segment_row, segment_token,
+    SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
+    SIMILARITY: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """For a block of tokens `s`: the gradients of `y_s` and `v_s`, the sums of [`query_backward_kernel`] over `t`."""
+    block, sequence, row, head, first, size = locate(
+        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
+    )
+    place = tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_V)
+    stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
+    decays += sequence * chunk_size
+    totals = decays + 4 * stride
+    query += sequence * chunk_size * (C1 + C2)
+    values += row * values_row + head * values_head + first.to(tl.int64) * values_token
+    grad += ((row * length + first) * num_heads + head) * dv
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+
+    token = block * BLOCK + place
+    inside = token < size
+    real = load_real(segment, token, inside, segment_token, SEGMENTS)
+    y1, y2 = load_coordinates(key + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
+    v = load_values(values, token, channel, real, values_token, dv)
+    total1 = tl.zeros([BLOCK, C1], tl.float32)
+    total2 = tl.zeros([BLOCK, C2 if C2 > 0 else 1], tl.float32)
+    total_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    column_sum = tl.zeros([BLOCK], tl.float32)
+    if NUM_BLOCKS > 1:
+        between = 0.0
+        for step in tl.range(0, count_later(totals, block, num_blocks, NUM_BLOCKS, BLOCK)):
+            other = block + 1 + step
+            reader = other * BLOCK + place
+            exists = reader < size
+            real_reader = load_real(segment, reader, exists, segment_token, SEGMENTS)
+            x1, x2 = load_coordinates(query, reader, exists, C1, C2)
+            do = load_values(grad, reader, channel, real_reader, num_heads * dv, dv)
+            entering = tl.load(decays + 2 * stride + reader, mask=exists, other=0.0) * tl.exp(between)
+            between += tl.load(totals + other * BLOCK)
+            s = inner_products(y1, y2, x1, x2, C2, SIMILARITY)
+            ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * entering[None, :]
+            a = s * entering[None, :]
+            if SQUARED:
+                ds *= s
+                a *= s
+            column_sum += tl.sum(ds * s, axis=1)
+            total_v = tl.dot(a.to(v.dtype), do, total_v, input_precision=PRECISION)
+            total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1, total2, C2, PRECISION)
+        leaving = tl.load(decays + 3 * stride + token, mask=inside, other=0.0)
+        total_v *= leaving[:, None]
+        total1 *= leaving[:, None]
+        total2 *= leaving[:, None]
+        column_sum *= leaving
+
+    decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, True, BLOCK)
+    x1, x2 = load_coordinates(query, token, inside, C1, C2)
+    do = load_values(grad, token, channel, real, num_heads * dv, dv)
+    s = inner_products(y1, y2, x1, x2, C2, SIMILARITY)
+    ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * decay
+    a = s * decay
+    if SQUARED:
+        ds *= s
+        a *= s
+    column_sum += tl.sum(tl.where(before, ds * s, 0.0), axis=1)
+    total_v = tl.dot(a.to(v.dtype), do, total_v, input_precision=PRECISION)
+    total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1, total2, C2, PRECISION)
+    if SQUARED:
+        total1 *= 2.0
+        total2 *= 2.0
+    store_coordinates(grad_key + sequence * chunk_size * (C1 + C2), token, inside, total1, total2, C1, C2)
+    pointers = grad_values + ((row * length + first + token) * num_heads + head)[:, None] * dv + channel[None, :]
+    tl.store(pointers, total_v.to(grad_values.dtype.element_ty), mask=inside[:, None] & (channel < dv)[None, :])
+    tl.store(sums + sequence * chunk_size + token, column_sum, mask=inside)
+    tl.store(block_sums + sequence * num_blocks + block, tl.sum(column_sum))
+
+
+@triton.jit
+def decays_backward_kernel(
+    log_decay, segment, sums, block_sums, grad_decay, num_blocks, num_heads, num_chunks, chunk_size, length,
+    decay_row, decay_token, decay_head, segment_row, segment_token,
+    MIN_LOG_DECAY: tl.constexpr, SEGMENTS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the sums for queries less those for keys, the sum over this and all later tokens of a chunk: `(B, T, H)`."""
+    block, sequence, row, head, first, size = locate(
+        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
+    )
+    num_sequences = (tl.num_programs(0) // num_blocks).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < size
+    pointers = sums + sequence * chunk_size + token
+    difference = tl.load(pointers, mask=inside, other=0.0)
+    difference -= tl.load(pointers + num_sequences * chunk_size, mask=inside, other=0.0)
+    other = tl.arange(0, NUM_BLOCKS)
+    pointers = block_sums + sequence * num_blocks + other
+    mask = (other > block) & (other < num_blocks)
+    later = tl.load(pointers, mask=mask, other=0.0)
+    later -= tl.load(pointers + num_sequences * num_blocks, mask=mask, other=0.0)
+    result = tl.cumsum(difference, reverse=True) + tl.sum(later)
+
+    pointers = log_decay + row * decay_row + head * decay_head + (first + token).to(tl.int64) * decay_token
+    counts = inside & (token > 0) & (tl.load(pointers, mask=inside, other=0.0).to(tl.float32) >= MIN_LOG_DECAY)
+    if SEGMENTS:
+        segment += row * segment_row + first * segment_token
+        number, real = load_segments(segment + token * segment_token, inside)
+        previous, _ = load_segments(segment + (token - 1) * segment_token, inside & (token > 0))
+        counts &= real & (number == previous)
+    pointers = grad_decay + (row * length + first + token) * num_heads + head
+    tl.store(pointers, tl.where(counts, result, 0.0).to(grad_decay.dtype.element_ty), mask=inside)
+
+
+# What coordinates are made of frames, and whether the similarity is the square of their inner product.
+KERNELS = {
+    "plucker": ("wedge", False),
+    "binet_cauchy": ("wedge", True),
+    "projection": ("projection", False),
+    "inner": ("inner", False),
+    "inner_squared": ("inner", True),
+}
+
+
+def num_coordinates(kernel: str, reduced_size: int) -> int:
+    """Of frames in R^r."""
+    # The size of a dimension may be a symbol in compiled code, which this makes a number.
+    reduced_size = operator.index(reduced_size)
+    return {
+        "inner": reduced_size,
+        "wedge": reduced_size * (reduced_size - 1) // 2,
+        "projection": reduced_size * (reduced_size + 1) // 2,
+    }[KERNELS[kernel][0]]
+
+
+def why_not_triton(values: torch.Tensor, kernel: str, reduced_size: int) -> str | None:
+    """Why the kernels cannot take values like these, and frames of this size; `None` if they can."""
+    if not (values.is_cuda or INTERPRETED):
+        return f"its kernels run on CUDA devices, and the tensors are on {values.device.type!r}"
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
+    if values.dtype not in DTYPES:
+        return f"its kernels compute in bfloat16, float16 or float32, and the values are {values.dtype}"
+    if values.dtype == torch.bfloat16 and INTERPRETED:
+        return "Triton's interpreter cannot multiply bfloat16"
+    if num_coordinates(kernel, reduced_size) > MAX_COORDINATES:
+        return f"its kernels take up to {MAX_COORDINATES} coordinates, got {num_coordinates(kernel, reduced_size)}"
+    if values.shape[-1] > MAX_VALUE_SIZE:
+        return f"its kernels take values up to a size of {MAX_VALUE_SIZE}, got {values.shape[-1]}"
+    if values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 0):
+        return "its kernels need a GPU of compute capability 8.0 or later"
+    return None
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def count_chunks(length: int, chunk_size: int) -> int:
+    """Chunks in a row. Compiled code need not divide symbols where there is one."""
+    return 1 if chunk_size >= length else ceil_div(length, chunk_size)
+
+
+def split_coordinates(size: int) -> tuple[int, int]:
+    """
+    Two powers of two from 16 that cover a number of coordinates most closely; the second may be zero. Products of two
+    halves need fewer registers at a time than those of 128 coordinates.
+    """
+    half = max(triton.next_power_of_2(size) // 2, 8)
+    rest = max(triton.next_power_of_2(max(size - half, 1)), 16)
+    return (half, rest) if rest < half or half == 64 else (2 * half, 0)
+
+
+def coordinate_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
+    """
+    The type of coordinates that go with values in `dtype`. Those of frames are at most √2, where float16 has three
+    bits more than bfloat16, which squares of similarities need. Vectors may have any length.
+    """
+    return torch.float32 if dtype == torch.float32 or KERNELS[kernel][0] == "inner" else torch.float16
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """
+    How products of float32 are computed for values in `dtype`: to float32's rounding by three products of tensor
+    cores, unless one is enough, next to half precisions or because PyTorch's own matrix products use it too.
+    """
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """Tokens in a block of pairs, of queries as of keys, for values in `dtype`."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def launch_options(width: int, backward: bool) -> dict[str, int]:
+    """Warps and stages of the kernels of pairs for this many coordinates: two parts of them need more registers."""
+    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
+
+
+def empty_intermediates(query, values, kernel, chunk_size):
+    """Memory for coordinates of queries and keys, and for what [`decays_kernel`] gives."""
+    num_sequences = values.shape[0] * count_chunks(values.shape[1], chunk_size) * values.shape[2]
+    width = sum(split_coordinates(num_coordinates(kernel, query.shape[-1])))
+    dtype = coordinate_dtype(kernel, values.dtype)
+    return (
+        values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
+        values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
+        values.new_empty(5, num_sequences, chunk_size, dtype=torch.float32),
+    )
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if its last dimension is not dense."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def segment_strides(segment: torch.Tensor | None, batch: int) -> tuple[int, int]:
+    return (0, 0) if segment is None else segment.expand(batch, -1).stride()
+
+
+def pairs_options(query, values, segment, kernel, num_blocks):
+    """What all three kernels of pairs are compiled for."""
+    c1, c2 = split_coordinates(num_coordinates(kernel, query.shape[-1]))
+    precision = dot_precision(values.dtype)
+    return {
+        "SQUARED": KERNELS[kernel][1], "SEGMENTS": segment is not None, "C1": c1, "C2": c2, "dv": values.shape[-1],
+        "SIMILARITY": precision, "PRECISION": precision, "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
+        "BLOCK": block_size(values.dtype), "BLOCK_V": max(16, triton.next_power_of_2(values.shape[-1])),
+    }  # fmt: skip
+
+
+@torch.library.custom_op(f"{NAMESPACE}::memory_pairs", mutates_args=())
+def memory_pairs_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    values: torch.Tensor,
+    log_decay: torch.Tensor,
+    segment: torch.Tensor | None,
+    kernel: str,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[`memory_pairs_triton`], and what its backward starts from: see [`empty_intermediates`]."""
+    batch, length, num_heads, _, r = query.shape
+    output = torch.empty_like(values, memory_format=torch.contiguous_format)
+    intermediates = empty_intermediates(query, values, kernel, chunk_size)
+    if output.numel() == 0:
+        return output, *intermediates
+    values, strides = unit_stride(values), segment_strides(segment, batch)
+    query_coordinates, key_coordinates, decays = intermediates
+    num_sequences, _, width = query_coordinates.shape
+    num_chunks = count_chunks(length, chunk_size)
+    block_c = triton.next_power_of_2(width)
+    block = 4096 // block_c
+    blocks = ceil_div(chunk_size, block)
+    for frames, coordinates in ((query, query_coordinates), (key, key_coordinates)):
+        frames = unit_stride(frames)
+        coordinates_kernel[(blocks * num_sequences,)](
+            frames, segment, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
+            *frames.stride()[:4], *strides,
+            KIND=KERNELS[kernel][0], SEGMENTS=segment is not None, r=r, C=num_coordinates(kernel, r), WIDTH=width,
+            BLOCK=block, BLOCK_C=block_c,
+        )  # fmt: skip
+    block = block_size(values.dtype)
+    num_blocks = ceil_div(chunk_size, block)
+    grid, sizes = (num_blocks * num_sequences,), (num_blocks, num_heads, num_chunks, chunk_size, length)
+    decays_kernel[grid](
+        log_decay, segment, decays, *sizes, *log_decay.stride(), *strides,
+        MIN_LOG_DECAY=MIN_LOG_DECAY, SEGMENTS=segment is not None, BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    pairs_kernel[grid](
+        query_coordinates, key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
+        **pairs_options(query, values, segment, kernel, num_blocks), **launch_options(width, backward=False),
+    )  # fmt: skip
+    return output, *intermediates
+
+
+@memory_pairs_op.register_fake
+def _(query, key, values, log_decay, segment, kernel, chunk_size):
+    output = torch.empty_like(values, memory_format=torch.contiguous_format)
+    return output, *empty_intermediates(query, values, kernel, chunk_size)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::memory_pairs_backward", mutates_args=())
+def memory_pairs_backward_op(
+    grad: torch.Tensor,
+    query_coordinates: torch.Tensor,
+    key_coordinates: torch.Tensor,
+    decays: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    values: torch.Tensor,
+    log_decay: torch.Tensor,
+    segment: torch.Tensor | None,
+    kernel: str,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the first four arguments of [`memory_pairs_op`]."""
+    batch, length, num_heads, _, r = query.shape
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, values, log_decay)]
+    if grad.numel() == 0:
+        return tuple(gradient.zero_() for gradient in grads)
+    num_sequences, num_chunks = query_coordinates.shape[0], count_chunks(length, chunk_size)
+    block = block_size(values.dtype)
+    num_blocks = ceil_div(chunk_size, block)
+    grad, values, strides = grad.contiguous(), unit_stride(values), segment_strides(segment, batch)
+    # Of queries, then of keys.
+    grad_coordinates = grad.new_empty(2, *query_coordinates.shape)
+    sums = grad.new_empty(2, num_sequences, chunk_size, dtype=torch.float32)
+    block_sums = grad.new_empty(2, num_sequences, num_blocks, dtype=torch.float32)
+    grid = (num_blocks * num_sequences,)
+    sizes = (num_blocks, num_heads, num_chunks, chunk_size, length)
+    options = pairs_options(query, values, segment, kernel, num_blocks)
+    inputs = (query_coordinates, key_coordinates, values, decays, segment, grad)
+    query_backward_kernel[grid](
+        *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
+        **options, **launch_options(query_coordinates.shape[2], backward=True),
+    )  # fmt: skip
+    key_backward_kernel[grid](
+        *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
+        **options, **launch_options(query_coordinates.shape[2], backward=True),
+    )  # fmt: skip
+    decays_backward_kernel[grid](
+        log_decay, segment, sums, block_sums, grads[3], *sizes, *log_decay.stride(), *strides,
+        MIN_LOG_DECAY=MIN_LOG_DECAY, SEGMENTS=segment is not None, NUM_BLOCKS=options["NUM_BLOCKS"], BLOCK=block,
+        num_warps=2,
+    )  # fmt: skip
+    block_r = triton.next_power_of_2(r)
+    block = max(16, 2048 // block_r)
+    blocks = ceil_div(chunk_size, block)
+    for frames, grad_frames, of_coordinates in zip((query, key), grads, grad_coordinates):
+        frames = unit_stride(frames)
+        coordinates_backward_kernel[(blocks * num_sequences,)](
+            frames, segment, of_coordinates, grad_frames, blocks, num_heads, num_chunks, chunk_size, length,
+            *frames.stride()[:4], *strides,
+            KIND=KERNELS[kernel][0], SEGMENTS=segment is not None, r=r, WIDTH=query_coordinates.shape[2],
+            BLOCK=block, BLOCK_R=block_r,
+        )  # fmt: skip
+    return tuple(grads)
+
+
+@memory_pairs_backward_op.register_fake
+def _(grad, query_coordinates, key_coordinates, decays, query, key, values, log_decay, *args):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, values, log_decay))
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.kernel, ctx.chunk_size = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def pairs_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    grads = memory_pairs_backward_op(grad, *ctx.saved_tensors, ctx.kernel, ctx.chunk_size)
+    return *grads, None, None, None
+
+
+memory_pairs_op.register_autograd(pairs_backward, setup_context=save_for_backward)
+
+
+def memory_pairs_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    values: torch.Tensor,
+    log_decay: torch.Tensor,
+    segment: torch.Tensor | None,
+    kernel: str,
+    chunk_size: int,
+) -> torch.Tensor:
+    """
+    The sum of [`grassmann_memory.grassmann_memory`] over the pairs of tokens inside of each chunk.
+
+    Products are in the type of `values`, and similarities in at least ten bits: [`coordinate_dtype`].
+
+    Args:
+        query, key (`torch.Tensor` of shape `(B, T, H, m, r)`): frames.
+        values (`torch.Tensor` of shape `(B, T, H, dv)`): what is read.
+        log_decay (`torch.Tensor` of shape `(B, T, H)`): not positive; what padding and first tokens hold is not used.
+        segment (`torch.IntTensor` of shape `(B, T)` or `(1, T)`, *optional*):
+            Number `n` of the sequence of each token, never falling along a row, and `-1 - n` for padding. By default
+            each row is one sequence.
+        kernel (`str`): a key of `KERNELS`.
+        chunk_size (`int`): tokens in a chunk; `T` for the whole sum.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, H, dv)`.
+    """
+    if key.dtype != query.dtype:
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+    chunk_size = min(chunk_size, query.shape[1])
+    output, *_ = memory_pairs_op(query, key, values, log_decay, segment, kernel, chunk_size)
+    return output
