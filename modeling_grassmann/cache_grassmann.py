@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding state of Causal Grassmann models: layers of a Transformers `Cache`, of constant size."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -44,9 +45,9 @@ class StateCacheLayer(CacheLayerMixin):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
+    @abstractmethod
     def last_positions(self) -> torch.Tensor:
         """Position of each row's last token, `NO_POSITION` for padding: `(B, 1)`."""
-        raise NotImplementedError
 
     def next_positions(self) -> int | torch.Tensor:
         """Position of each row's next token, `(B, 1)`: behind its last one, or behind all if that one is padding."""
@@ -77,13 +78,13 @@ class StateCacheLayer(CacheLayerMixin):
         """Remember all tokens from here on until the next [`crop`], so that they can be taken back."""
         self.record_past = True
 
+    @abstractmethod
     def num_recorded(self) -> int:
         """How many tokens can be taken back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_back(self, count: int) -> None:
         """Take back the last `count` tokens, and forget what was recorded."""
-        raise NotImplementedError
 
     def crop(self, tokens_to_remove: int) -> None:
         """

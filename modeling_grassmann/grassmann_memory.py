@@ -49,6 +49,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -171,10 +172,9 @@ def constant_product_tensors(products, size, device, dtype) -> ProductTensors:
         factors = torch.tensor(first + second, device=device)
         selection = (factors[:, None] == torch.arange(1 + max(second), device=device)).to(dtype)
         weight = torch.tensor(weight, device=device, dtype=dtype)[:, None]
-        for tensor in (factors, selection, weight):
-            # Compiled code for all sizes would look for where these come from.
-            torch._dynamo.mark_static(tensor)
-    result = ProductTensors(factors, selection, weight, overlap)
+        # Parameters have fixed shapes in code that is compiled for all shapes.
+        tensors = [nn.Parameter(tensor, requires_grad=False) for tensor in (factors, selection, weight)]
+    result = ProductTensors(*tensors, overlap)
     # What a tracer makes instead of tensors must not outlive it.
     if type(factors) is torch.Tensor:
         _PRODUCT_TENSORS[key] = result

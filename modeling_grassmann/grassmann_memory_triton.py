@@ -38,6 +38,8 @@ import re
 
 import torch
 
+from .plucker_triton import DTYPES, INTERPRETED, ceil_div, unit_stride
+
 
 # Optional packages are imported inside of `try`: Transformers demands what it finds elsewhere in a file that travels
 # with a checkpoint. `grassmann_memory.py` does without this file where there is no Triton.
@@ -54,9 +56,6 @@ MAX_VALUE_SIZE = 128
 MIN_LOG_DECAY = -100.0
 # Smaller exponentials than this one's are no normal float32 numbers.
 FORGOTTEN = tl.constexpr(-88.0)
-# As Triton itself decides it, when kernels are declared.
-INTERPRETED = triton.knobs.runtime.interpret
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -612,10 +611,6 @@ def why_not_triton(values: torch.Tensor, kernel: str, reduced_size: int) -> str 
     return None
 
 
-def ceil_div(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
-
-
 def count_chunks(length: int, chunk_size: int) -> int:
     """Chunks in a row. Compiled code need not divide symbols where there is one."""
     return 1 if chunk_size >= length else ceil_div(length, chunk_size)
@@ -667,11 +662,6 @@ def empty_intermediates(query, values, kernel, chunk_size):
         values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
         values.new_empty(5, num_sequences, chunk_size, dtype=torch.float32),
     )
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if its last dimension is not dense."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def segment_strides(segment: torch.Tensor | None, batch: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
-from .plucker import check_cu_seqlens, positions_from_cu_seqlens, separate_sequences
+from .plucker import positions_with_boundaries
 
 
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
@@ -114,11 +114,7 @@ class MemoryMixer(nn.Module):
             `torch.Tensor` of shape `(B, T, d)`.
         """
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, hidden_states.shape[0], "cu_seqlens")
-            if positions is None:
-                positions = positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
-            else:
-                positions = separate_sequences(positions, cu_seqlens)
+            positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
         query, key = self.frames(self.query_proj(hidden_states)), self.frames(self.key_proj(hidden_states))
         values = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
         decay = self.decay_proj(hidden_states)  # (B, T, H)

@@ -169,6 +169,21 @@ def separate_sequences(positions: torch.Tensor, cu_seqlens: torch.Tensor) -> tor
     return positions + (starts - starts[:, -1:]) * 2**32
 
 
+def positions_with_boundaries(
+    positions: torch.Tensor | None, cu_seqlens: torch.Tensor, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    Positions `(1, T)` for a mixer of packed tokens `(1, T, d)`, which are those given, or count from each boundary.
+
+    Raises:
+        ValueError: if these cannot be boundaries.
+    """
+    check_cu_seqlens(cu_seqlens, hidden_states.shape[0], "cu_seqlens")
+    if positions is None:
+        return positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
+    return separate_sequences(positions, cu_seqlens)
+
+
 def plucker_features_naive(query, source, weight, bias, offsets, positions, offset_weights, eps) -> torch.Tensor:
     """[`plucker_features`], one offset after the other as the paper writes it: the reference for other backends."""
     total, count = 0.0, 0
@@ -659,11 +674,7 @@ class PluckerMixer(nn.Module):
             `torch.Tensor` of shape `(B, T, d)`.
         """
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, hidden_states.shape[0], "cu_seqlens")
-            if positions is None:
-                positions = positions_from_cu_seqlens(cu_seqlens, hidden_states.shape[1])
-            else:
-                positions = separate_sequences(positions, cu_seqlens)
+            positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
         backend = choose_backend(self.backend, hidden_states, self.reduce.out_features // self.num_heads)
         if backend == "triton" and past_key_values is None and self.is_plain():
             if positions is None:
