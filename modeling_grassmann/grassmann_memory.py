@@ -559,6 +559,9 @@ def scan_states(log_decay: torch.Tensor, segment: torch.Tensor, writes: torch.Te
 
 def split_chunks(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """`(B, T, H, ...)` -> `(B, H, N, c, ...)`, with zeros behind the last token."""
+    if chunk_size == tensor.shape[1]:
+        # Exported programs allow no arithmetic on a length that may vary.
+        return tensor[:, None].movedim(3, 1)
     num_chunks = (tensor.shape[1] + chunk_size - 1) // chunk_size
     padding = num_chunks * chunk_size - tensor.shape[1]
     if padding:
@@ -643,7 +646,7 @@ def grassmann_memory(
         ValueError: for an unknown kernel, or shapes that do not fit together.
     """
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
-    if values.shape[1] == 1 and chunk_size is None:
+    if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
         output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)
         return output, state if output_final_state else None
     backend = choose_memory_backend(backend, values, kernel, query.shape[-1])

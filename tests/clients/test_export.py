@@ -135,6 +135,8 @@ def test_onnx_runtime_gives_the_logits_of_a_language_model_at_every_size(make_mo
 
 @pytest.mark.slow
 def test_onnx_runtime_gives_the_logits_of_every_language_model_at_every_size(make_model, make_ids, tmp_path, flavour):
+    if "memory" in flavour.get("mixer_types", ""):
+        pytest.skip("ONNX has no running maximum, by which a memory finds where sequences begin")
     check_onnx(make_model(**flavour), make_ids, tmp_path)
 
 

@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 # Every linear layer of the blocks. Names that a configuration has no layer for do no harm.
 LINEAR_LAYERS = ["reduce", "reduce_past", "gate_proj", "out_proj", "up_proj", "down_proj"]
+LINEAR_LAYERS += ["query_proj", "key_proj", "value_proj", "decay_proj"]
 LABELS = torch.tensor([0, 2, 1, 0])
 
 

@@ -29,9 +29,9 @@ def quantized_modules(model):
     return {name for name, weight in weights if getattr(weight, "qdata", torch.empty(0)).dtype == torch.int8}
 
 
-def assert_near(actual, expected):
+def assert_near(actual, expected, bound=RELATIVE_ERROR):
     error = (actual - expected).norm() / expected.norm()
-    assert 0 < error < RELATIVE_ERROR
+    assert 0 < error < bound
 
 
 @torch.no_grad()
@@ -47,8 +47,11 @@ def test_a_model_loaded_in_int8_has_linear_layers_in_int8_and_logits_near_those_
     assert (quantized.lm_head.weight is quantized.model.embed_tokens.weight) == model.config.tie_word_embeddings
     assert torch.equal(quantized.lm_head.weight, model.lm_head.weight)
     for layer, expected in zip(quantized.model.layers, model.model.layers, strict=True):
-        assert torch.equal(layer.mixer.plucker_proj.weight, expected.mixer.plucker_proj.weight)
-    assert_near(quantized(ids).logits, model(ids).logits)
+        if hasattr(expected.mixer, "plucker_proj"):
+            assert torch.equal(layer.mixer.plucker_proj.weight, expected.mixer.plucker_proj.weight)
+    # A memory squares its similarities, and with them doubles their errors, before a norm scales its output up.
+    bound = 3 * RELATIVE_ERROR if model.config.mixer_types == "memory" else RELATIVE_ERROR
+    assert_near(quantized(ids).logits, model(ids).logits, bound)
 
 
 def test_a_model_in_int8_generates_and_its_state_gives_the_uncached_tokens(make_model, make_ids, tmp_path, flavour):
