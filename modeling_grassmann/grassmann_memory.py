@@ -41,7 +41,6 @@ Rules that hold in all:
 
 import math
 import operator
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,7 +52,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plucker import BACKEND_VARIABLE, NO_POSITION, unit, unit_tangent
+from .plucker import NO_POSITION, asked_backend, unit, unit_tangent
 
 
 try:
@@ -585,10 +584,7 @@ def choose_memory_backend(backend: str, values: torch.Tensor, kernel: str, reduc
     `"torch"` or `"triton"`: what serves where `backend`, or for `"auto"` the environment variable `GRASSMANN_BACKEND`,
     asks for one of these. `"naive"`, and `"auto"` in both, is `"torch"`: nobody has timed the kernels yet.
     """
-    asked = os.environ.get(BACKEND_VARIABLE, "auto") if backend == "auto" else backend
-    if asked not in ("auto", "naive", "torch", "triton"):
-        raise ValueError(f"The backend must be one of ['auto', 'naive', 'torch', 'triton'], got {asked!r}.")
-    if asked != "triton":
+    if asked_backend(backend) != "triton":
         return "torch"
     reason = "Triton is not installed"
     if memory_pairs_triton is not None:

@@ -301,6 +301,20 @@ BACKENDS = {
 }
 
 
+def asked_backend(backend: str) -> str:
+    """
+    The backend that is asked for, or for `"auto"` what the environment variable `GRASSMANN_BACKEND` names.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    asked = os.environ.get(BACKEND_VARIABLE, "auto") if backend == "auto" else backend
+    if asked not in ("auto", *BACKENDS):
+        source = "`backend`" if backend != "auto" else f"The environment variable {BACKEND_VARIABLE}"
+        raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {asked!r}.")
+    return asked
+
+
 def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str:
     """
     The backend that will serve.
@@ -315,12 +329,7 @@ def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str
     Raises:
         ValueError: for an unknown backend.
     """
-    asked = backend
-    if asked == "auto":
-        asked = os.environ.get(BACKEND_VARIABLE, "auto")
-    if asked not in ("auto", *BACKENDS):
-        source = "`backend`" if backend != "auto" else f"The environment variable {BACKEND_VARIABLE}"
-        raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {asked!r}.")
+    asked = asked_backend(backend)
     if asked in ("naive", "torch"):
         return asked
     reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(tensor, reduced_size)
