@@ -190,9 +190,9 @@ def plucker_coordinates(frames: torch.Tensor) -> torch.Tensor:
 
 def projector_coordinates(frames: torch.Tensor) -> torch.Tensor:
     """Of projectors `q1 q1ᵀ + q2 q2ᵀ` on n planes, times √2 off the diagonal: `(..., 2, r, n)` -> `(..., C, n)`."""
-    _, selection, weight, _ = product_tensors(square_products, frames.shape[-2], frames)
-    first, second = (selection @ frames).chunk(2, dim=-2)
-    return (first * second).sum(-3) * weight
+    products = product_tensors(square_products, frames.shape[-2], frames)
+    first, second = (products.selection @ frames).chunk(2, dim=-2)
+    return (first * second).sum(-3) * products.weight
 
 
 def determinant(gram: torch.Tensor) -> torch.Tensor:
@@ -336,7 +336,10 @@ def multiply_features(coordinates, matrix, square: ProductTensors, transposed: b
     """[`SquareFeaturesProduct`] with any number of dimensions before the last two."""
     batch = coordinates.shape[:-2]
     coordinates, matrix = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (coordinates, matrix))
-    product = SquareFeaturesProduct.apply(coordinates, matrix, *square, transposed)
+    # By name: PyTorch 2.11 cannot compile the unpacking of a constant.
+    product = SquareFeaturesProduct.apply(
+        coordinates, matrix, square.factors, square.selection, square.weight, square.overlap, transposed
+    )
     return product.reshape(*batch, *product.shape[-2:])
 
 

@@ -618,11 +618,12 @@ def count_chunks(length: int, chunk_size: int) -> int:
 
 def split_coordinates(size: int) -> tuple[int, int]:
     """
-    Two powers of two from 16 that cover a number of coordinates most closely; the second may be zero. Products of two
+    Two powers of two from 32 that cover a number of coordinates most closely; the second may be zero. Products of two
     halves need fewer registers at a time than those of 128 coordinates.
     """
-    half = max(triton.next_power_of_2(size) // 2, 8)
-    rest = max(triton.next_power_of_2(max(size - half, 1)), 16)
+    # On Hopper, products with 16 columns of bfloat16 made of float16 read past them (Triton 3.6).
+    half = max(triton.next_power_of_2(size) // 2, 16)
+    rest = max(triton.next_power_of_2(max(size - half, 1)), 32)
     return (half, rest) if rest < half or half == 64 else (2 * half, 0)
 
 

@@ -119,6 +119,7 @@ CASES = {
     "wide": {"length": 65, "r": 12, "batch": 1, "heads": 1},
     "widest": {"length": 70, "r": 16, "dv": 128, "batch": 1, "heads": 1},
     "widest_projection": {"kernel": "projection", "length": 20, "r": 16, "batch": 1, "heads": 1},
+    "few_coordinates": {"length": 300, "r": 4, "dv": 32, "batch": 4, "heads": 6},
     "many_blocks": {"length": 400, "r": 4, "batch": 1, "heads": 1, "decay": 0.02},
     "forgotten_blocks": {"length": 400, "r": 4, "batch": 1, "heads": 1, "decay": 5.0},
 }

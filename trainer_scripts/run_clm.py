@@ -17,6 +17,7 @@ import torch
 from arguments import UserError, exits_on_user_error, parse
 from checkpoints import RunLog
 from corpus import train_tokenizer
+from cuda_graphs import FullBlocksCollator, GraphArguments, GraphTrainer, check_graph_arguments
 from metrics import compute_perplexity, sum_negative_log_likelihood
 from models import ModelArguments, load_config, load_model, load_tokenizer
 from text_data import EMBEDDED_CORPUS, DataArguments, load_blocks, load_texts
@@ -34,7 +35,6 @@ from training import (
 )
 from transformers import (
     AutoModelForCausalLM,
-    DataCollatorForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,7 +45,7 @@ from transformers import (
 
 logger = logging.getLogger(__name__)
 
-ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
+ARGUMENTS = (ModelArguments, DataArguments, GraphArguments, TrainingArguments)
 # What is measured, and whether more of it is better.
 METRICS = {"loss": False, "perplexity": False}
 
@@ -96,9 +96,11 @@ def check_causality(model: PreTrainedModel, length: int) -> None:
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
     start = time.time()
-    model_args, data_args, training_args = parse(ARGUMENTS, argv)
+    model_args, data_args, graph_args, training_args = parse(ARGUMENTS, argv)
     splits = wanted_splits(training_args)
     check_training_arguments(training_args, METRICS)
+    if graph_args.cuda_graphs:
+        check_graph_arguments(training_args)
     setup_logging(training_args)
     resumed = checkpoint_to_resume(training_args)
 
@@ -118,13 +120,13 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("Blocks of %d tokens: %s", block_size, {split: len(rows) for split, rows in blocks.items()})
 
     trainer = make_trainer(
-        RunTrainer,
+        GraphTrainer if graph_args.cuda_graphs else RunTrainer,
         model=model,
         args=training_args,
         train_dataset=blocks.get("train"),
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
+        data_collator=FullBlocksCollator(tokenizer),
         compute_metrics=compute_perplexity,
         preprocess_logits_for_metrics=sum_negative_log_likelihood,
         callbacks=[RunLog()],
