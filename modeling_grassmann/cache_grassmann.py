@@ -200,7 +200,8 @@ class PluckerCacheLayer(StateCacheLayer):
 class MemoryCacheLayer(StateCacheLayer):
     """
     What a Grassmann memory remembers: its state `(B, H, F, dv)` in `keys`, the position of each row's last real token
-    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`.
+    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`. If keys are convolved, then also
+    the vectors of the last tokens `(B, window, W)` in `tail`, and their positions `(B, window)` in `tail_positions`.
 
     Recorded tokens are kept beside the state they came after; when some are taken back, the others are written again.
     """
@@ -210,7 +211,7 @@ class MemoryCacheLayer(StateCacheLayer):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.recorded = []
+        self.recorded, self.recorded_tail = [], []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, kernel: str) -> None:
         batch_size, _, num_heads, value_size = value_states.shape
@@ -220,6 +221,34 @@ class MemoryCacheLayer(StateCacheLayer):
         self.values = torch.full((batch_size,), NO_POSITION, device=value_states.device)
         self.last = self.values[:, None].clone()
         self.mark_initialized(value_states.device)
+
+    def with_past(
+        self, key_states: torch.Tensor, positions: torch.Tensor, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `T` tokens behind the `window` tokens that precede them: to be called before [`update`] if keys are convolved.
+
+        Args:
+            key_states (`torch.Tensor` of shape `(B, T, W)`): what the convolution takes.
+            positions (integer `torch.Tensor` of shape `(B, T)`): positions.
+            window (`int`): how many tokens the convolution looks back.
+
+        Returns:
+            Vectors of shape `(B, window + T, W)` and positions of shape `(B, window + T)`.
+        """
+        if not self.is_initialized:
+            self.STATE = (*MemoryCacheLayer.STATE, "tail", "tail_positions")
+            self.tail = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
+            self.tail_positions = positions.new_full((positions.shape[0], window), NO_POSITION)
+        both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
+        if self.record_past:
+            # From the window before the first recorded token on.
+            recorded = self.recorded_tail
+            new = (key_states, positions)
+            self.recorded_tail = [torch.cat(pair, dim=1) for pair in zip(recorded, new)] if recorded else list(both)
+        self.tail.copy_(both[0][:, -window:])
+        self.tail_positions.copy_(both[1][:, -window:])
+        return both
 
     def update(
         self,
@@ -273,10 +302,13 @@ class MemoryCacheLayer(StateCacheLayer):
                 keys, keys, values, log_decay, positions, self.before_recorded, self.kernel, output_final_state=True
             )
             self.keys, self.values, self.last = state.memory, state.position, positions[:, -1:]
+        if count and self.recorded_tail:
+            window, end = self.tail.shape[1], self.recorded_tail[0].shape[1] - count
+            self.tail, self.tail_positions = (tensor[:, end - window : end] for tensor in self.recorded_tail)
         self.forget_recorded()
 
     def forget_recorded(self) -> None:
-        self.recorded, self.before_recorded, self.last_before = [], None, None
+        self.recorded, self.recorded_tail, self.before_recorded, self.last_before = [], [], None, None
 
     def reset(self) -> None:
         self.forget_recorded()
@@ -284,6 +316,8 @@ class MemoryCacheLayer(StateCacheLayer):
         if self.is_initialized:
             self.values.fill_(NO_POSITION)
             self.last.fill_(NO_POSITION)
+            if "tail" in self.STATE:
+                self.tail_positions.fill_(NO_POSITION)
 
     def map_state(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_state(function)
@@ -291,6 +325,7 @@ class MemoryCacheLayer(StateCacheLayer):
             self.recorded = [tuple(function(tensor) for tensor in tensors) for tensors in self.recorded]
             self.before_recorded = MemoryState(*(function(tensor) for tensor in self.before_recorded))
             self.last_before = function(self.last_before)
+            self.recorded_tail = [function(tensor) for tensor in self.recorded_tail]
 
 
 # The states have a fixed size anyway, so that a static cache needs no classes of its own.

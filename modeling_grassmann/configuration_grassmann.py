@@ -89,6 +89,8 @@ class GrassmannConfig(PreTrainedConfig):
         memory_kernel (`str`, *optional*, defaults to `"binet_cauchy"`):
             Similarity of planes: `"binet_cauchy"`, `"projection"` or `"plucker"`; `"inner"` and `"inner_squared"` take
             vectors in place of planes.
+        memory_conv_size (`int`, *optional*, defaults to 4):
+            Tokens, the present one included, over which a memory's keys are convolved; 1 for no convolution.
         offsets (`list[int]` or `list[list[int]]`, *optional*):
             Distances Δ, each from 1 to 2^20, at which tokens are paired. A flat list is given to every layer; a nested
             one holds one list per layer, of which a memory ignores its own. By default each layer has one offset,
@@ -168,6 +170,7 @@ class GrassmannConfig(PreTrainedConfig):
     memory_reduced_size: int | None = None
     memory_value_size: int = 32
     memory_kernel: str = "binet_cauchy"
+    memory_conv_size: int = 4
     offsets: list[int] | list[list[int]] | None = None
     norm_placement: str = "post"
     max_position_embeddings: int | None = 256
@@ -262,7 +265,7 @@ class GrassmannConfig(PreTrainedConfig):
             )
         if self.memory_kernel not in MEMORY_KERNELS:
             raise ValueError(f"`memory_kernel` must be one of {list(MEMORY_KERNELS)}, got {self.memory_kernel!r}.")
-        for name in ("num_memory_heads", "memory_value_size"):
+        for name in ("num_memory_heads", "memory_value_size", "memory_conv_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         least = MEMORY_KERNELS[self.memory_kernel]

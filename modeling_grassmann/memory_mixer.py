@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
-from .plucker import positions_with_boundaries
+from .plucker import NO_POSITION, positions_with_boundaries
 
 
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
@@ -22,6 +22,32 @@ def initial_decay_bias(num_heads: int) -> torch.Tensor:
     return torch.linspace(first, last, num_heads).exp().reciprocal().expm1().log()
 
 
+def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """
+    Causal convolution of each channel, `Σ_j weight_j x_{t-j}`, over tokens of one sequence.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(B, n - 1 + T, W)`): those of `n - 1` earlier tokens, then of `T` tokens.
+        positions (integer `torch.Tensor` of shape `(B, n - 1 + T)`, *optional*): a token `j` places before another
+            counts if its position is `j` less. [`NO_POSITION`] for padding. By default all count.
+        weight (`torch.Tensor` of shape `(n, W)`): of each distance and channel.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, W)`.
+    """
+    reach = weight.shape[0] - 1
+    length = vectors.shape[1] - reach
+    result = vectors[:, reach:] * weight[0]
+    for distance in range(1, reach + 1):
+        earlier = vectors[:, reach - distance : reach - distance + length]
+        if positions is not None:
+            position, now = positions[:, reach - distance : reach - distance + length], positions[:, reach:]
+            counts = (position != NO_POSITION) & (now != NO_POSITION) & (now - position == distance)
+            earlier = torch.where(counts[..., None], earlier, 0)
+        result = result + earlier * weight[distance]
+    return result
+
+
 class MemoryMixer(nn.Module):
     r"""
     A mixing layer that reads from the whole past: with planes `Q_t` and `K_t`, values `v_t` and decays
@@ -30,7 +56,8 @@ class MemoryMixer(nn.Module):
     .. math:: o_t = \sum_{s \le t} a_{s+1} \cdots a_t\, \kappa(Q_t, K_s)\, v_s, \qquad
               W_o (\mathrm{SiLU}(W_g h_t) \odot \mathrm{RMSNorm}(o_t))
 
-    for each head, see [`grassmann_memory`].
+    for each head, see [`grassmann_memory`]. The vectors that span `K_t` are convolved over the last `conv_size` tokens:
+    what a token writes can then be found by what came before it.
 
     Args:
         hidden_size (`int`): `d`.
@@ -38,6 +65,8 @@ class MemoryMixer(nn.Module):
         reduced_size (`int`): `r`, the dimension in which planes are spanned. The state grows with its fourth power.
         value_size (`int`): `dv`, the size of a head's values.
         kernel (`str`, *optional*, defaults to `"binet_cauchy"`): similarity of planes, a key of `KERNELS`.
+        conv_size (`int`, *optional*, defaults to 4): tokens, the present one included, that make up a key; 1 for none
+            but this one.
         plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
         norm_eps (`float`, *optional*, defaults to 1e-5): of the RMSNorm.
         layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
@@ -63,6 +92,7 @@ class MemoryMixer(nn.Module):
         reduced_size: int,
         value_size: int,
         kernel: str = "binet_cauchy",
+        conv_size: int = 4,
         plucker_eps: float = 1e-3,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
@@ -81,6 +111,10 @@ class MemoryMixer(nn.Module):
         planes_size = num_heads * self.num_vectors * reduced_size
         self.query_proj = nn.Linear(hidden_size, planes_size, bias=False)
         self.key_proj = nn.Linear(hidden_size, planes_size, bias=False)
+        self.key_conv = None
+        if conv_size > 1:
+            self.key_conv = nn.Parameter(torch.empty(conv_size, planes_size))
+            nn.init.uniform_(self.key_conv, -(conv_size**-0.5), conv_size**-0.5)
         self.value_proj = nn.Linear(hidden_size, num_heads * value_size, bias=False)
         self.decay_proj = nn.Linear(hidden_size, num_heads, bias=False)
         self.decay_bias = nn.Parameter(initial_decay_bias(num_heads))
@@ -92,6 +126,19 @@ class MemoryMixer(nn.Module):
         """Frames of planes, or for kernels without them the vectors: `(B, T, H * m * r)` -> `(B, T, H, m, r)`."""
         vectors = vectors.unflatten(-1, (self.num_heads, self.num_vectors, self.reduced_size))
         return orthonormalise(vectors, self.plucker_eps) if self.num_vectors == 2 else vectors
+
+    def convolved(self, key: torch.Tensor, positions: torch.Tensor | None, past_key_values) -> torch.Tensor:
+        """Vectors of keys after the convolution: `(B, T, W)` -> `(B, T, W)`."""
+        if self.key_conv is None:
+            return key
+        reach = self.key_conv.shape[0] - 1
+        if past_key_values is not None:
+            key, positions = past_key_values.layers[self.layer_idx].with_past(key, positions, reach)
+        else:
+            key = F.pad(key, (0, 0, reach, 0))  # (B, reach + T, W)
+            if positions is not None:
+                positions = F.pad(positions, (reach, 0), value=NO_POSITION)
+        return convolve(key, positions, self.key_conv)
 
     def forward(
         self,
@@ -105,8 +152,8 @@ class MemoryMixer(nn.Module):
             hidden_states (`torch.Tensor` of shape `(B, T, d)`): the tokens.
             positions (integer `torch.Tensor` of shape `(B, T)`, *optional*): position of each token in its sequence,
                 [`NO_POSITION`] for padding. One that does not follow on the last starts a new sequence.
-            past_key_values (*optional*): a decoding state with an `update` method like that of a Transformers `Cache`;
-                needs `positions` or `cu_seqlens`.
+            past_key_values (`Cache`, *optional*): a decoding state, whose layer `layer_idx` is that of a memory; needs
+                `positions` or `cu_seqlens`.
             cu_seqlens (integer `torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): where the sequences of a
                 packed row begin, and where the last one ends; needs `B = 1`. Nothing is read across a boundary.
 
@@ -115,7 +162,8 @@ class MemoryMixer(nn.Module):
         """
         if cu_seqlens is not None:
             positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
-        query, key = self.frames(self.query_proj(hidden_states)), self.frames(self.key_proj(hidden_states))
+        query = self.frames(self.query_proj(hidden_states))
+        key = self.frames(self.convolved(self.key_proj(hidden_states), positions, past_key_values))
         values = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
         decay = self.decay_proj(hidden_states)  # (B, T, H)
         log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)

@@ -70,6 +70,7 @@ def make_mixer(config: GrassmannConfig, layer_idx: int) -> PluckerMixer | Memory
             config.reduced_size if config.memory_reduced_size is None else config.memory_reduced_size,
             config.memory_value_size,
             kernel=config.memory_kernel,
+            conv_size=config.memory_conv_size,
             plucker_eps=config.plucker_eps,
             norm_eps=config.layer_norm_eps,
             layer_idx=layer_idx,
@@ -157,6 +158,9 @@ class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 init.ones_(module.offset_weights)
         if isinstance(module, MemoryMixer):
             init.copy_(module.decay_bias, initial_decay_bias(module.num_heads))
+            if module.key_conv is not None:
+                bound = module.key_conv.shape[0] ** -0.5
+                init.uniform_(module.key_conv, -bound, bound)
 
 
 def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) -> torch.Tensor:

@@ -47,6 +47,7 @@ FLAVOURS = {
         "norm_placement": "pre",
         "memory_reduced_size": 5,
         "memory_kernel": "projection",
+        "memory_conv_size": 1,
     },
 }
 BERT = {

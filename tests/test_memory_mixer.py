@@ -60,7 +60,12 @@ def restated(mixer, hidden_states):
                     decay = decay * torch.exp(
                         -F.softplus(of_head("decay_proj", hidden_states[u])[0] + states["decay_bias"][head])
                     )
-                kappa = similarity(mixer.kernel, vectors("query_proj", h), vectors("key_proj", hidden_states[s]))
+                key = sum(
+                    states["key_conv"][j].view(mixer.num_heads, mixer.num_vectors, -1)[head]
+                    * vectors("key_proj", hidden_states[s - j])
+                    for j in range(min(s + 1, len(states["key_conv"])))
+                )
+                kappa = similarity(mixer.kernel, vectors("query_proj", h), key)
                 total = total + decay * kappa * of_head("value_proj", hidden_states[s])
             normed = total / (total.square().mean() + mixer.norm.eps).sqrt() * states["norm.weight"]
             heads.append(normed * F.silu(of_head("gate_proj", h)))

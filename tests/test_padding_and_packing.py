@@ -101,13 +101,13 @@ def test_a_packed_row_may_begin_inside_a_sequence(is_causal, make_model, flavour
 
 
 def logits_and_loss_alone(model, rows):
-    """Logits of each row by itself, and the mean loss over all their predicted tokens."""
+    """Logits of each row by itself, and the mean loss over all their predicted tokens, in float32 as Transformers'."""
     logits = [model(row[None]).logits[0] for row in rows]
     terms = [
         torch.nn.functional.cross_entropy(row_logits[:-1], row[1:], reduction="none")
         for row_logits, row in zip(logits, rows, strict=True)
     ]
-    return logits, torch.cat(terms).mean()
+    return logits, torch.cat(terms).mean().float()
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -125,7 +125,7 @@ def test_language_model_logits_and_loss_of_padded_rows_are_those_of_each_row_alo
 
 
 def test_language_model_logits_and_loss_of_a_flattened_batch_are_those_of_each_row_alone(make_model, flavour):
-    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    model, rows = make_model(**flavour).double(), make_rows(LENGTHS)
     batch = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
     assert batch["input_ids"].shape == (1, sum(LENGTHS))
     output = model(**batch)
@@ -177,7 +177,7 @@ def test_no_pair_crosses_a_boundary_where_given_positions_run_on(is_causal, make
 def test_loss_and_logits_of_the_collators_boundaries_are_those_of_each_row_alone(
     return_position_ids, make_model, flavour
 ):
-    model, rows = make_model(**flavour), make_rows(LENGTHS)
+    model, rows = make_model(**flavour).double(), make_rows(LENGTHS)
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=return_position_ids)
     batch = collator([{"input_ids": row.tolist()} for row in rows])
     assert ("position_ids" in batch) == return_position_ids
