@@ -200,7 +200,7 @@ class PluckerCacheLayer(StateCacheLayer):
 class MemoryCacheLayer(StateCacheLayer):
     """
     What a Grassmann memory remembers: its state `(B, H, F, dv)` in `keys`, the position of each row's last real token
-    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`. If keys are convolved, then also
+    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`. Where keys are convolved, also
     the vectors of the last tokens `(B, window, W)` in `tail`, and their positions `(B, window)` in `tail_positions`.
 
     Recorded tokens are kept beside the state they came after; when some are taken back, the others are written again.

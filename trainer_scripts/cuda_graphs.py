@@ -45,7 +45,7 @@ def check_graph_arguments(args: TrainingArguments) -> None:
 
 
 class FullBlocksCollator(DataCollatorForTokenClassification):
-    """The collator without a mask where no row is padded: models have faster paths for that, and need no look at it."""
+    """The collator without a mask where no row is padded: models have faster ways without one."""
 
     def torch_call(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(features)
