@@ -44,7 +44,10 @@ ARCHITECTURE = (
     *("max_position_embeddings", "vocab_size"),
 )
 # And those of models with memories.
-MEMORY = ("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel", "gated_mlp")
+MEMORY = (
+    *("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel"),
+    *("memory_conv_size", "gated_mlp"),
+)
 # Facts of `metrics.json` about the training, as far as it has them, and how a card shows them.
 FACTS = {
     "seed": ("random seed", str),
