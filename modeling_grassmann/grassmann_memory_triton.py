@@ -629,10 +629,10 @@ def split_coordinates(size: int) -> tuple[int, int]:
 
 def coordinate_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
     """
-    The type of coordinates that go with values in `dtype`. Those of frames are at most √2, where float16 has three
-    bits more than bfloat16, which squares of similarities need. Vectors may have any length.
+    The type of coordinates that go with values in `dtype`: that one, but float16 for frames beside bfloat16. Theirs
+    are at most √2, where float16 has three bits more, which squares of similarities need.
     """
-    return torch.float32 if dtype == torch.float32 or KERNELS[kernel][0] == "inner" else torch.float16
+    return torch.float16 if dtype == torch.bfloat16 and KERNELS[kernel][0] != "inner" else dtype
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -823,7 +823,7 @@ def memory_pairs_triton(
     """
     The sum of [`grassmann_memory.grassmann_memory`] over the pairs of tokens inside of each chunk.
 
-    Products are in the type of `values`, and similarities in at least ten bits: [`coordinate_dtype`].
+    Products are in the type of `values`, similarities of planes in at least ten bits: [`coordinate_dtype`].
 
     Args:
         query, key (`torch.Tensor` of shape `(B, T, H, m, r)`): frames.

@@ -12,6 +12,8 @@ from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
 from .plucker import NO_POSITION, positions_with_boundaries
 
 
+# A floor of 0.05 under the length of what is read, before softplus.
+INITIAL_FLOOR = math.log(math.expm1(0.05))
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
 TIME_CONSTANTS = (2, 512)
 
@@ -48,15 +50,43 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
     return result
 
 
+class MemoryNorm(nn.Module):
+    r"""
+    RMSNorm of what a head has read, with a floor `f` that each head learns:
+    :math:`\mathrm{weight} \odot x / \sqrt{\mathrm{mean}(x^2) + f^2}`.
+
+    A read is as long as the planes that wrote it are similar to the one that reads. RMSNorm alone would make a read of
+    nothing as long as one of a match.
+
+    Args:
+        num_heads (`int`): `H`.
+        value_size (`int`): `dv`.
+        eps (`float`, *optional*, defaults to 1e-5): added to the squares, too.
+    """
+
+    def __init__(self, num_heads: int, value_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(value_size))
+        # Through softplus, so that it is positive.
+        self.floor = nn.Parameter(torch.full((num_heads,), INITIAL_FLOOR))
+
+    def forward(self, reads: torch.Tensor) -> torch.Tensor:
+        """`(..., H, dv)` -> `(..., H, dv)`."""
+        x = reads.to(torch.promote_types(reads.dtype, torch.float32))
+        square = x.square().mean(-1, keepdim=True) + F.softplus(self.floor).square()[:, None]
+        return (x * torch.rsqrt(square + self.eps) * self.weight).to(reads.dtype)
+
+
 class MemoryMixer(nn.Module):
     r"""
     A mixing layer that reads from the whole past: with planes `Q_t` and `K_t`, values `v_t` and decays
     :math:`a_t = \exp(-\mathrm{softplus}(w \cdot h_t + b))`, all linear in the token `h_t`,
 
     .. math:: o_t = \sum_{s \le t} a_{s+1} \cdots a_t\, \kappa(Q_t, K_s)\, v_s, \qquad
-              W_o (\mathrm{SiLU}(W_g h_t) \odot \mathrm{RMSNorm}(o_t))
+              W_o (\mathrm{SiLU}(W_g h_t) \odot \mathrm{norm}(o_t))
 
-    for each head, see [`grassmann_memory`]. The vectors that span `K_t` are convolved over `conv_size` tokens: what a
+    for each head, see [`grassmann_memory`] and [`MemoryNorm`]. The vectors that span `K_t` are convolved over `conv_size` tokens: what a
     token writes can then be found by what came before it.
 
     Args:
@@ -68,7 +98,7 @@ class MemoryMixer(nn.Module):
         conv_size (`int`, *optional*, defaults to 4): tokens, the present one included, that make up a key; 1 for none
             but this one.
         plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
-        norm_eps (`float`, *optional*, defaults to 1e-5): of the RMSNorm.
+        norm_eps (`float`, *optional*, defaults to 1e-5): of the norm.
         layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
         backend (`str`, *optional*, defaults to `"auto"`): what computes pairs of tokens without a decoding state, see
             [`grassmann_memory`].
@@ -119,7 +149,7 @@ class MemoryMixer(nn.Module):
         self.decay_proj = nn.Linear(hidden_size, num_heads, bias=False)
         self.decay_bias = nn.Parameter(initial_decay_bias(num_heads))
         self.gate_proj = nn.Linear(hidden_size, num_heads * value_size, bias=False)
-        self.norm = nn.RMSNorm(value_size, eps=norm_eps)
+        self.norm = MemoryNorm(num_heads, value_size, eps=norm_eps)
         self.out_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
 
     def frames(self, vectors: torch.Tensor) -> torch.Tensor:

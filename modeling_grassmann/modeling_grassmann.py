@@ -26,7 +26,7 @@ from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers decodin
 from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
 from .loss_grassmann import fused_causal_lm_loss, register_with_liger
-from .memory_mixer import MemoryMixer, initial_decay_bias
+from .memory_mixer import INITIAL_FLOOR, MemoryMixer, MemoryNorm, initial_decay_bias
 from .plucker import (
     NO_POSITION,
     PluckerMixer,
@@ -156,6 +156,9 @@ class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.zeros_(module.bias)
             if module.offset_weights is not None:
                 init.ones_(module.offset_weights)
+        if isinstance(module, MemoryNorm):
+            init.ones_(module.weight)
+            init.constant_(module.floor, INITIAL_FLOOR)
         if isinstance(module, MemoryMixer):
             init.copy_(module.decay_bias, initial_decay_bias(module.num_heads))
             if module.key_conv is not None:

@@ -67,7 +67,8 @@ def restated(mixer, hidden_states):
                 )
                 kappa = similarity(mixer.kernel, vectors("query_proj", h), key)
                 total = total + decay * kappa * of_head("value_proj", hidden_states[s])
-            normed = total / (total.square().mean() + mixer.norm.eps).sqrt() * states["norm.weight"]
+            floor = F.softplus(states["norm.floor"][head])
+            normed = total / (total.square().mean() + floor**2 + mixer.norm.eps).sqrt() * states["norm.weight"]
             heads.append(normed * F.silu(of_head("gate_proj", h)))
         outputs.append(states["out_proj.weight"] @ torch.cat(heads))
     return torch.stack(outputs)
@@ -170,7 +171,7 @@ def test_a_memory_learns_to_recall_what_offsets_cannot_reach():
             return (model(ids).logits[:, -2].argmax(-1) == ids[:, -1]).float().mean().item()
 
     model = memory_model(hidden_dropout=0.0, embedding_dropout=0.0, initializer_range=0.2).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(200):
         ids = batch(32)
         loss = F.cross_entropy(model(ids, use_cache=False).logits[:, -2], ids[:, -1])
