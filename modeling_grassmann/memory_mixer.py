@@ -86,8 +86,8 @@ class MemoryMixer(nn.Module):
     .. math:: o_t = \sum_{s \le t} a_{s+1} \cdots a_t\, \kappa(Q_t, K_s)\, v_s, \qquad
               W_o (\mathrm{SiLU}(W_g h_t) \odot \mathrm{norm}(o_t))
 
-    for each head, see [`grassmann_memory`] and [`MemoryNorm`]. The vectors that span `K_t` are convolved over `conv_size` tokens: what a
-    token writes can then be found by what came before it.
+    for each head, see [`grassmann_memory`] and [`MemoryNorm`]. The vectors that span `K_t` are convolved over
+    `conv_size` tokens: what a token writes can then be found by what came before it.
 
     Args:
         hidden_size (`int`): `d`.
