@@ -37,8 +37,9 @@ def check_graph_arguments(args: TrainingArguments) -> None:
     impossible = {
         "gradient_accumulation_steps": args.gradient_accumulation_steps > 1,
         "gradient_checkpointing": args.gradient_checkpointing,
-        "torch_compile": args.torch_compile,
         "fp16": args.fp16,
+        # Modes that record graphs of their own.
+        "torch_compile_mode": args.torch_compile_mode not in (None, "default", "max-autotune-no-cudagraphs"),
     }
     if wrong := [name for name, is_set in impossible.items() if is_set]:
         raise UserError(f"cuda_graphs cannot record {wrong[0]}={getattr(args, wrong[0])}: leave it at its default")
@@ -58,7 +59,7 @@ class GraphTrainer(RunTrainer):
     """
     Trainer whose steps are recorded once and then replayed: everything from the inputs on the device to the gradients.
     Clipping, optimizer, schedule, logging and evaluation are those of Trainer. Batches of another shape than the first
-    are trained on as always.
+    are trained on as always, and without the compilation that `torch_compile` asks for: it would take longer.
     """
 
     graph = None
@@ -80,7 +81,7 @@ class GraphTrainer(RunTrainer):
             self.static_inputs = {name: tensor.clone() for name, tensor in given.items()}
         static = self.static_inputs
         if {name: x.shape for name, x in given.items()} != {name: x.shape for name, x in static.items()}:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(getattr(model, "_orig_mod", model), inputs, num_items_in_batch)
         for name, tensor in given.items():
             static[name].copy_(tensor)
         if self.num_warm < WARMUP_STEPS:
