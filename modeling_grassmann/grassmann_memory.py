@@ -65,7 +65,7 @@ except ImportError:
 MIN_LOG_DECAY = -100.0
 # Chunks whose states one product computes from what each of them writes.
 CHUNKS_PER_GROUP = 16
-# Tokens in a chunk of the fused kernels. On an H200 pairs of 4,096 tokens take twice the time of pairs of 256, as blocks
+# Tokens in a chunk of the fused kernels. On an H200, pairs of 4,096 tokens take twice the time of pairs of 256: blocks
 # that a head has forgotten are skipped.
 FUSED_CHUNK_SIZE = 4096
 # Features that exist at once: in float32, 16 MiB.
@@ -576,9 +576,9 @@ def split_chunks(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
 
 def choose_chunk_size(length: int, num_features: int, backend: str) -> int:
     """
-    The number of tokens in a chunk. With plain torch it is 64, or 128 for many features: the fastest, measured on a CPU
-    with values of 32. A short row is one chunk, because pairs of tokens take less time than features up to about 100,
-    130 and 200 tokens for planes in R^r with r = 4, 6 and 8.
+    The number of tokens in a chunk. With plain torch it is 64, or 128 for many features, the fastest on a CPU with
+    values of 32. A short row is one chunk, because pairs of tokens take less time than features up to about 100, 130
+    and 200 tokens for planes in R^r with r = 4, 6 and 8.
     """
     if backend == "triton":
         return min(length, FUSED_CHUNK_SIZE)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from arguments import UserError, closest, local_copy
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_grassmann  # noqa: F401  (registers the Grassmann classes with the Auto classes)
@@ -50,11 +52,20 @@ class ModelArguments:
         metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention, such as sdpa or eager."})
+    added_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout, in training, for Llama and its like, which have none: of embeddings, of what each "
+            "sublayer returns and inside of feed-forward networks, as in Grassmann models."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings."})
 
     def __post_init__(self):
         if sum(getattr(self, name) is not None for name in self.SOURCES) != 1:
             raise UserError(f"name the model with exactly one of {', '.join(self.SOURCES)}")
+        if not 0 <= self.added_dropout < 1:
+            raise UserError(f"added_dropout={self.added_dropout} must be at least 0 and less than 1")
         self.config_overrides = mapping("config_overrides", self.config_overrides)
         if self.config_overrides and self.model_name_or_path:
             raise UserError("config_overrides are for new models; model_name_or_path names a saved one")
@@ -255,11 +266,46 @@ def load_model(args: ModelArguments, auto_class: type, config: PreTrainedConfig,
     """
     try:
         if not args.model_name_or_path:
-            return auto_class.from_config(config, **args.options)
-        name = find("model_name_or_path", args.model_name_or_path)
-        return auto_class.from_pretrained(name, config=config, **args.options, **options)
+            model = auto_class.from_config(config, **args.options)
+        else:
+            name = find("model_name_or_path", args.model_name_or_path)
+            model = auto_class.from_pretrained(name, config=config, **args.options, **options)
     except MODEL_ERRORS as error:
         raise UserError(f"cannot build the model: {error}") from error
+    if args.added_dropout:
+        add_dropout(model, args.added_dropout)
+    return model
+
+
+def add_dropout(model: PreTrainedModel, p: float) -> None:
+    """Add what [`ModelArguments.added_dropout`] says. Checkpoints stay those of the architecture.
+
+    Args:
+        model: a model of Llama's layout.
+        p: probability of a zero.
+
+    Raises:
+        UserError: if the model is not laid out like Llama, or has dropout of its own.
+    """
+
+    def drop(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (nn.functional.dropout(output[0], p, module.training), *output[1:])
+        return nn.functional.dropout(output, p, module.training)
+
+    def drop_input(module: nn.Module, args: tuple) -> torch.Tensor:
+        return nn.functional.dropout(args[0], p, module.training)
+
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        raise UserError(f"added_dropout={p}: {type(model).__name__} has dropout of its own, see its configuration")
+    try:
+        for layer in model.model.layers:
+            for sublayer in (layer.self_attn, layer.mlp):
+                sublayer.register_forward_hook(drop)
+            layer.mlp.down_proj.register_forward_pre_hook(drop_input)
+        model.model.embed_tokens.register_forward_hook(drop)
+    except AttributeError as error:
+        raise UserError(f"added_dropout={p}: {type(model).__name__} is not laid out like Llama: {error}") from error
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    _, data_args, _ = parse(ARGUMENTS, [str(folder / "recipe.yaml")])
+    _, data_args, *_ = parse(ARGUMENTS, [str(folder / "recipe.yaml")])
     splits = ["train", "validation"]
     blocks = load_blocks(load_texts(data_args), splits, tokenizer, metrics["block_size"], data_args)
     train, validation = (blocks[split].with_format("numpy")[:]["input_ids"] for split in splits)

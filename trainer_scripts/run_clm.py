@@ -45,7 +45,7 @@ from transformers import (
 
 logger = logging.getLogger(__name__)
 
-ARGUMENTS = (ModelArguments, DataArguments, GraphArguments, TrainingArguments)
+ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, GraphArguments)
 # What is measured, and whether more of it is better.
 METRICS = {"loss": False, "perplexity": False}
 
@@ -96,7 +96,7 @@ def check_causality(model: PreTrainedModel, length: int) -> None:
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
     start = time.time()
-    model_args, data_args, graph_args, training_args = parse(ARGUMENTS, argv)
+    model_args, data_args, training_args, graph_args = parse(ARGUMENTS, argv)
     splits = wanted_splits(training_args)
     check_training_arguments(training_args, METRICS)
     if graph_args.cuda_graphs:

@@ -21,7 +21,7 @@ def parse_run_clm(*argv):
 
 
 def test_flags_override_the_recipe_and_the_rest_stands(recipe):
-    model, _, training = parse_run_clm(recipe, "--learning_rate", "1e-3", "--seed=7", "--config_overrides={}")
+    model, _, training, _ = parse_run_clm(recipe, "--learning_rate", "1e-3", "--seed=7", "--config_overrides={}")
     assert (training.learning_rate, training.seed, training.do_eval, model.model_type) == (1e-3, 7, True, "gpt2")
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert model.config_overrides == {}
@@ -31,10 +31,10 @@ def test_flags_replace_the_alternatives_that_the_recipe_names(recipe):
     recipe.write_text(
         "config_name: a\nconfig_overrides: {n_embd: 8}\ntokenizer_name: b\ndataset_name: c\ndataset_config_name: d\n"
     )
-    model, data, _ = parse_run_clm(recipe, "--model_name_or_path=x", "--train_file", "y.txt")
+    model, data, *_ = parse_run_clm(recipe, "--model_name_or_path=x", "--train_file", "y.txt")
     assert (model.model_name_or_path, model.config_name, model.config_overrides) == ("x", None, None)
     assert (model.tokenizer_name, data.dataset_name, data.dataset_config_name) == (None, None, None)
-    model, data, _ = parse_run_clm(recipe, "--dataset_name=e", "--tokenizer_name=f")
+    model, data, *_ = parse_run_clm(recipe, "--dataset_name=e", "--tokenizer_name=f")
     assert (model.config_name, model.config_overrides, model.tokenizer_name) == ("a", {"n_embd": 8}, "f")
     assert (data.dataset_name, data.dataset_config_name) == ("e", None)
 
