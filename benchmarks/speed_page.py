@@ -32,7 +32,10 @@ SECTIONS = [
         "python benchmarks/mixer_length.py --output mixer.json --plot mixer.png",
         "Width 256, planes in R^32, six offsets, bfloat16, 65,536 tokens a call (131,072 at that length), beside\n"
         "layers of its width. `calls` wait for Python and for launches, replays of a CUDA `graph` do not. Gated\n"
-        "linear attention of flash-linear-attention 0.6.0 refuses its backward on this GPU with this Triton.",
+        "linear attention of flash-linear-attention 0.6.0 refuses its backward on this GPU with this Triton.\n\n"
+        "Forward and backward of 65,536 tokens take 0.62 ms. A profile gives five products of cuBLAS 190 µs,\n"
+        "gradients of the projection 83 (43 if matrix units never waited), of the norm 65 (54 if memory never did),\n"
+        "the projection 54, its weight's gradient 48, tangents' gradients 30. The target of 8 ns is 0.52 ms.",
     ),
     (
         "Training",
@@ -42,7 +45,10 @@ SECTIONS = [
         "bodies compiled and replayed as CUDA graphs, four steps in a row; 65,536 tokens a step with 13M parameters,\n"
         "16,384 with 110M. Memory is of models without graphs, compiled once for all lengths and so less fast.\n"
         "Column `of operations` is how many times the operations a token Llama needs. The vocabulary is filled up to\n"
-        "a multiple of 64: with BERT's 30,522, rows of logits begin at odd addresses, and both models train slower.",
+        "a multiple of 64: with BERT's 30,522, rows of logits begin at odd addresses, and both models are slower.\n\n"
+        "Of a step of 13M parameters at 16,384 tokens, 18.8 ms when it was profiled, loss and vocabulary head took\n"
+        "8.4, GELU 1.4, copies and casts 1.1; Llama's took 43.2, attention 25.4 of it. Without any body the ratio\n"
+        "would be about 5, so that the target of 4 asks for a body of 2 ms.",
     ),
     (
         "Generation",
