@@ -7,7 +7,7 @@ import torch
 from arguments import UserError
 from torch import nn
 from training import RunTrainer
-from transformers import DataCollatorForTokenClassification, TrainingArguments
+from transformers import TrainingArguments
 
 
 # Eager steps before the capture: kernels are compiled, and workspaces allocated, in them.
@@ -20,7 +20,7 @@ class GraphArguments:
         default=False,
         metadata={
             "help": "Record forward and backward of a training step as a CUDA graph, and replay it for all batches of "
-            "the same shape: faster for small models, in the memory of one step more."
+            "the same shape: faster for small models, in more memory."
         },
     )
 
@@ -45,16 +45,6 @@ def check_graph_arguments(args: TrainingArguments) -> None:
         raise UserError(f"cuda_graphs cannot record {wrong[0]}={getattr(args, wrong[0])}: leave it at its default")
 
 
-class FullBlocksCollator(DataCollatorForTokenClassification):
-    """The collator without a mask where no row is padded: models have faster ways without one."""
-
-    def torch_call(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().torch_call(features)
-        if "attention_mask" in batch and batch["attention_mask"].all():
-            del batch["attention_mask"]
-        return batch
-
-
 class GraphTrainer(RunTrainer):
     """
     Trainer whose steps are recorded once and then replayed: everything from the inputs on the device to the gradients.
@@ -62,11 +52,11 @@ class GraphTrainer(RunTrainer):
     are trained on as always, and without the compilation that `torch_compile` asks for: it would take longer.
     """
 
-    graph = None
-
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.num_warm = 0
+        self.stream = torch.cuda.Stream()
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.static_inputs: dict[str, torch.Tensor] | None = None
 
     def training_step(
@@ -76,7 +66,9 @@ class GraphTrainer(RunTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         inputs = dict(self._prepare_inputs(inputs))
-        given = {**inputs, "num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        given = dict(inputs)
+        if num_items_in_batch is not None:
+            given["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
         if self.static_inputs is None:
             self.static_inputs = {name: tensor.clone() for name, tensor in given.items()}
         static = self.static_inputs
@@ -96,13 +88,11 @@ class GraphTrainer(RunTrainer):
 
     def static_step(self, model: nn.Module) -> torch.Tensor:
         inputs = dict(self.static_inputs)
-        num_items_in_batch = inputs.pop("num_items_in_batch")
+        num_items_in_batch = inputs.pop("num_items_in_batch", None)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def eager_step(self, model: nn.Module) -> torch.Tensor:
         """A step on the stream that is recorded later: what autograd remembers of streams must be that one."""
-        if self.num_warm == 1:
-            self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             loss = self.static_step(model)

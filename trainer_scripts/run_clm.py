@@ -17,10 +17,10 @@ import torch
 from arguments import UserError, exits_on_user_error, parse
 from checkpoints import RunLog
 from corpus import train_tokenizer
-from cuda_graphs import FullBlocksCollator, GraphArguments, GraphTrainer, check_graph_arguments
+from cuda_graphs import GraphArguments, GraphTrainer, check_graph_arguments
 from metrics import compute_perplexity, sum_negative_log_likelihood
 from models import ModelArguments, load_config, load_model, load_tokenizer
-from text_data import EMBEDDED_CORPUS, DataArguments, load_blocks, load_texts
+from text_data import EMBEDDED_CORPUS, BlockCollator, DataArguments, load_blocks, load_texts
 from training import (
     RunTrainer,
     check_training_arguments,
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=blocks.get("train"),
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
-        data_collator=FullBlocksCollator(tokenizer),
+        data_collator=BlockCollator(tokenizer),
         compute_metrics=compute_perplexity,
         preprocess_logits_for_metrics=sum_negative_log_likelihood,
         callbacks=[RunLog()],

@@ -1,11 +1,12 @@
 """Text for causal language modelling: load it, tokenise it, cut it into blocks."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from arguments import UserError
 from corpus import load_stdlib_docs
 from data_files import (
@@ -18,7 +19,7 @@ from data_files import (
     with_validation,
 )
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 
 EMBEDDED_CORPUS = "stdlib_docs"
@@ -132,3 +133,13 @@ def load_blocks(
         limit = args.limit(split)
         blocks[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
     return blocks
+
+
+class BlockCollator(DataCollatorForTokenClassification):
+    """The collator without a mask where no row is padded: models have faster ways without one."""
+
+    def torch_call(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(features)
+        if "attention_mask" in batch and batch["attention_mask"].all():
+            del batch["attention_mask"]
+        return batch

@@ -3,8 +3,7 @@ import json
 import pytest
 import run_clm
 import torch
-from cuda_graphs import WARMUP_STEPS, FullBlocksCollator
-from transformers import AutoTokenizer
+from cuda_graphs import WARMUP_STEPS
 
 
 NO_DROPOUT = '--config_overrides={"hidden_dropout": 0.0, "embedding_dropout": 0.0, "norm_placement": "pre", %s}'
@@ -49,11 +48,3 @@ def test_without_a_gpu_graphs_are_refused(tiny_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_clm.main([*tiny_run, "--do_train", f"--output_dir={tmp_path}", "--cuda_graphs"])
     assert "cuda_graphs needs a CUDA device; this run uses 'cpu'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("lengths, has_mask", [((3, 3), False), ((3, 2), True)])
-def test_only_padded_batches_have_a_mask(tokenizer_folder, lengths, has_mask):
-    collator = FullBlocksCollator(AutoTokenizer.from_pretrained(tokenizer_folder))
-    batch = collator([{"input_ids": [5] * length, "labels": [5] * length} for length in lengths])
-    assert ("attention_mask" in batch) == has_mask
-    assert batch["labels"].tolist() == [[5] * length + [-100] * (3 - length) for length in lengths]

@@ -7,7 +7,7 @@ import run_clm
 import torch
 import yaml
 from checkpoints import is_complete
-from text_data import DataArguments, cut_into_blocks, load_blocks, load_texts
+from text_data import BlockCollator, DataArguments, cut_into_blocks, load_blocks, load_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -170,3 +170,11 @@ def test_what_a_card_cannot_be_made_of_does_not_cost_the_metrics(name, content, 
     run_clm.main([*tiny_run, "--do_train", "--max_steps=1", "--report_to=none", f"--output_dir={folder}"])
     assert json.loads((folder / "metrics.json").read_text())["folders"] == []
     assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("lengths, has_mask", [((3, 3), False), ((3, 2), True)])
+def test_only_padded_batches_have_a_mask(tokenizer_folder, lengths, has_mask):
+    collator = BlockCollator(AutoTokenizer.from_pretrained(tokenizer_folder))
+    batch = collator([{"input_ids": [5] * length, "labels": [5] * length} for length in lengths])
+    assert ("attention_mask" in batch) == has_mask
+    assert batch["labels"].tolist() == [[5] * length + [-100] * (3 - length) for length in lengths]
