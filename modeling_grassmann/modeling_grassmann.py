@@ -302,6 +302,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
 
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
+        # Rows are one sequence each, from its first token on: memories are faster where they need not look.
+        whole_rows = position_ids is None and attention_mask is None and cu_seqlens is None and past_key_values is None
         if position_ids is None and cu_seqlens is not None:
             position_ids = positions_from_cu_seqlens(cu_seqlens, length)
             self.check_length(kwargs.get("max_length_q") or 0, position_ids)
@@ -320,8 +322,9 @@ class GrassmannModel(GrassmannPreTrainedModel):
             positions = separate_sequences(positions, cu_seqlens)
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, positions, past_key_values, **kwargs)
+        for layer, mixer in zip(self.layers, self.config.layer_mixers):
+            known = whole_rows and mixer == "memory"
+            hidden_states = layer(hidden_states, None if known else positions, past_key_values, **kwargs)
 
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
