@@ -41,7 +41,6 @@ Rules that hold in all:
 
 import math
 import operator
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import combinations
@@ -52,7 +51,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plucker import NO_POSITION, asked_backend, unit, unit_tangent
+from .plucker import NO_POSITION, asked_backend, triton_or_torch, unit, unit_tangent
 
 
 try:
@@ -598,12 +597,7 @@ def choose_memory_backend(backend: str, values: torch.Tensor, kernel: str, reduc
     reason = "Triton is not installed"
     if memory_pairs_triton is not None:
         reason = why_not_triton(values, kernel, reduced_size)
-    if reason is None and (asked == "triton" or values.is_cuda):
-        return "triton"
-    # Nobody who left the choice open needs to hear of it.
-    if asked == "triton" and not torch.compiler.is_compiling():
-        warnings.warn(f'The backend "triton" cannot serve: {reason}. "torch" does instead.', stacklevel=2)
-    return "torch"
+    return triton_or_torch(asked, reason, values.is_cuda)
 
 
 def grassmann_memory(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
-from .plucker import NO_POSITION, positions_with_boundaries
+from .plucker import NO_POSITION, is_pair, positions_with_boundaries, shift
 
 
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -41,11 +41,9 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
     length = vectors.shape[1] - reach
     result = vectors[:, reach:] * weight[0]
     for distance in range(1, reach + 1):
-        earlier = vectors[:, reach - distance : reach - distance + length]
+        earlier = shift(vectors, distance, length)
         if positions is not None:
-            position, now = positions[:, reach - distance : reach - distance + length], positions[:, reach:]
-            counts = (position != NO_POSITION) & (now != NO_POSITION) & (now - position == distance)
-            earlier = torch.where(counts[..., None], earlier, 0)
+            earlier = torch.where(is_pair(positions, distance, length)[..., None], earlier, 0)
         result = result + earlier * weight[distance]
     return result
 

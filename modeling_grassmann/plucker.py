@@ -315,6 +315,19 @@ def asked_backend(backend: str) -> str:
     return asked
 
 
+def triton_or_torch(asked: str, reason: str | None, is_faster: bool) -> str:
+    """
+    `"triton"` if it can serve and either it is `asked` for, or `"auto"` is and it `is_faster`; else `"torch"`, with a
+    warning if `"triton"` was asked for. `reason` says why it cannot serve; `None` if it can.
+    """
+    if reason is None and (asked == "triton" or is_faster):
+        return "triton"
+    # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
+    if asked == "triton" and not torch.compiler.is_compiling():
+        warnings.warn(f'The backend "triton" cannot serve: {reason}. "torch" does instead.', stacklevel=3)
+    return "torch"
+
+
 def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str:
     """
     The backend that will serve.
@@ -333,12 +346,7 @@ def choose_backend(backend: str, tensor: torch.Tensor, reduced_size: int) -> str
     if asked in ("naive", "torch"):
         return asked
     reason = "Triton is not installed" if plucker_features_triton is None else why_not_triton(tensor, reduced_size)
-    if reason is None and (asked == "triton" or (tensor.is_cuda and tensor.shape[1] > 1)):
-        return "triton"
-    # Nobody who left the choice open needs to hear of it. Python shows a warning of one place and text once.
-    if asked == "triton" and not torch.compiler.is_compiling():
-        warnings.warn(f'The backend "triton" cannot serve: {reason}. "torch" does instead.', stacklevel=2)
-    return "torch"
+    return triton_or_torch(asked, reason, tensor.is_cuda and tensor.shape[1] > 1)
 
 
 def plucker_features(

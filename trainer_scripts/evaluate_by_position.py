@@ -27,12 +27,11 @@ from records import environment
 from report_by_position import write_report
 from run_clm import check_causality
 from run_records import new_figure
-from text_data import DataArguments, cut_into_blocks, load_texts, tokenize
+from text_data import BlockCollator, DataArguments, cut_into_blocks, load_texts, tokenize
 from torch.nn import functional as F
 from training import make_trainer, setup_logging
 from transformers import (
     AutoModelForCausalLM,
-    DataCollatorForTokenClassification,
     EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
@@ -172,7 +171,7 @@ def evaluate(
             Trainer,
             model=model,
             args=options,
-            data_collator=DataCollatorForTokenClassification(tokenizer),
+            data_collator=BlockCollator(tokenizer),
             preprocess_logits_for_metrics=negative_log_likelihood,
         )
         rows = cut_into_blocks(tokens, block_size, keep_last=True)

@@ -23,7 +23,7 @@ from checkpoints import write_atomically
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from models import find_folder
-from run_records import MISSING, PREFIXES, RecordsParser, Run, load_run, parse_json, read
+from run_records import MISSING, PREFIXES, RecordsParser, Run, load_run, parse_json, read, table_head
 from transformers import AutoConfig, PreTrainedConfig
 
 
@@ -225,7 +225,7 @@ def evaluation_table(record: Record) -> str:
         note = f"`{name}` is the baseline."
     metrics = sorted({metric for (_, name), values in columns.items() if not name for metric in values})
     header = ["metric", *(f"{split}, `{name}`" if name else split for split, name in columns)]
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines = table_head(header)
     for metric in metrics:
         name = escaped(re.sub("^accuracy_(.*)", r"accuracy on \1", metric))
         lines.append(f"| {' | '.join([name, *(shown(metric, values.get(metric)) for values in columns.values())])} |")

@@ -12,6 +12,7 @@ from pathlib import Path
 from arguments import UserError, closest, exits_on_user_error
 from run_records import (
     COLOURS,
+    MARKERS,
     MISSING,
     ReportParser,
     Run,
@@ -22,12 +23,12 @@ from run_records import (
     new_figure,
     output_paths,
     save_figure,
+    table_head,
     write_document,
 )
 
 
 BASELINE_COLOUR = "#000000"
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 # What the table shows of `metrics.json`.
 COLUMNS = {
     "parameters": lambda value: f"{value / 1e6:.2f}",
@@ -64,7 +65,7 @@ def results_table(runs: list[Run], baseline: Run | None, parent: Path) -> str:
     header = ["run", "parameters (M)", "validation perplexity", "test perplexity", "seed"]
     if baseline:
         header.insert(4, f"validation gap to {baseline.name} (%)")
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    lines = table_head(header)
     notes = []
     for run in runs:
         cells = [MISSING if (value := run.number(key)) is None else show(value) for key, show in COLUMNS.items()]

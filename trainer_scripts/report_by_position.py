@@ -12,19 +12,17 @@ from typing import Any
 
 from arguments import UserError, exits_on_user_error
 from run_records import (
-    COLOURS,
     MISSING,
     RecordsParser,
+    curve_style,
     new_figure,
     output_paths,
     parse_json,
     read,
     save_figure,
+    table_head,
     write_document,
 )
-
-
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
 def load_records(paths: list[Path]) -> list[dict[str, Any]]:
@@ -69,7 +67,7 @@ def perplexity(loss: float) -> float:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    lines = table_head(header)
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
@@ -122,10 +120,8 @@ def plot(models: list[dict[str, Any]], path: Path) -> None:
             continue
         block = max(blocks, key=lambda block: block["block_size"])
         points = [(entry["first"], perplexity(entry["mean"])) for entry in block["by_position"]]
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        style["linestyle"] = ["-", ":", "-."][index // len(COLOURS) % 3]
         label = f"{model['name']}, blocks of {block['block_size']:,}"
-        axes.plot(*zip(*points), label=label, linewidth=1.6, markersize=4.5, **style)
+        axes.plot(*zip(*points), label=label, **curve_style(index))
     if not axes.lines:
         raise UserError("there is nothing to plot: no model could read any block")
     axes.set_xscale("log", base=2)

@@ -33,6 +33,7 @@ from run_records import (
     parse_json,
     read,
     save_figure,
+    table_head,
     write_document,
 )
 
@@ -143,7 +144,7 @@ def results_table(groups: list[Group], split: str, parent: Path) -> str:
     classes = list(dict.fromkeys(key.removeprefix(prefix) for key in keys))
     header = ["group", "seeds", "head parameters (M)", "parameters (M)", "validation accuracy (%)"]
     header += ["test accuracy (%)", *(f"{split}, {label} (%)" for label in classes)]
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    lines = table_head(header)
     notes = []
     for group in groups:
         seeds = ", ".join(link(run, str(seed), parent) for seed, run in group.runs.items())

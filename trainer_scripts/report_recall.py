@@ -11,11 +11,11 @@ from typing import Any
 
 from arguments import UserError, exits_on_user_error
 from run_records import (
-    COLOURS,
     MISSING,
     ReportParser,
     Run,
     check_names,
+    curve_style,
     link,
     load_run,
     new_figure,
@@ -23,11 +23,11 @@ from run_records import (
     parse_json,
     read,
     save_figure,
+    table_head,
     write_document,
 )
 
 
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 TASKS = {"recall": "Values of earlier keys", "copying": "Repetitions of a segment"}
 
 
@@ -70,7 +70,7 @@ def results_table(runs: list[Run], records: list[dict[str, Any]], parent: Path) 
     """Markdown table of accuracy in percent, one row a run, one column a length and number of pairs."""
     sizes = sorted({(cell["length"], cell["num_pairs"]) for record in records for cell in record["cells"]})
     header = ["run", "parameters", *(f"{pairs} pairs in {length:,}" for length, pairs in sizes)]
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    lines = table_head(header)
     notes = []
     for run, record in zip(runs, records):
         cells = {(cell["length"], cell["num_pairs"]): cell for cell in record["cells"]}
@@ -102,12 +102,10 @@ def plot(runs: list[Run], records: list[dict[str, Any]], path: Path) -> None:
     ]
     for axes, (key, label, most) in zip(figure.subplots(1, 2, sharey=True), panels):
         for index, (run, record) in enumerate(zip(runs, records)):
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            style["linestyle"] = ["-", ":", "-."][index // len(COLOURS) % 3]
             curve = accuracies(record, key)
             # One legend for both panels.
             name = run.name if key == "num_pairs" else None
-            axes.plot(curve.keys(), curve.values(), label=name, linewidth=1.6, markersize=4.5, **style)
+            axes.plot(curve.keys(), curve.values(), label=name, **curve_style(index))
         axes.axvline(most or trained["length"], color="0.5", linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

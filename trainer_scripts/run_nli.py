@@ -126,7 +126,7 @@ PREFIXES = {"train": "train", "validation": "eval", "test": "test"}
 
 
 class ClassifierTrainer(RunTrainer):
-    """Trainer with a learning rate for the head, whose predictions keep the order of the data."""
+    """Trainer with a learning rate for the head."""
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         made = self.optimizer is None
@@ -149,10 +149,6 @@ class ClassifierTrainer(RunTrainer):
         if self.args.head_learning_rate is not None and "learning_rate" in logs:
             logs["head_learning_rate"] = self._last_head_learning_rate
         super().log(logs, start_time)
-
-    def _get_eval_sampler(self, eval_dataset) -> None:
-        # By default `group_by_length` also shuffles what is evaluated.
-        return None
 
 
 def check_arguments(args: ClassifierTrainingArguments) -> None:

@@ -43,14 +43,6 @@ ARGUMENTS = (ModelArguments, RecallArguments, TrainingArguments)
 METRICS = {"loss": False, "accuracy": True}
 
 
-class RecallTrainer(RunTrainer):
-    """Trainer whose predictions keep the order of the data."""
-
-    def _get_eval_sampler(self, eval_dataset) -> None:
-        # By default `group_by_length` also shuffles what is evaluated.
-        return None
-
-
 def score_answers(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """`preprocess_logits_for_metrics` of the Trainer.
 
@@ -76,7 +68,7 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"loss": float(loss), "accuracy": float(correct)}
 
 
-def test(trainer: RecallTrainer, args: RecallArguments, training: Sequences | None) -> list[dict[str, Any]]:
+def test(trainer: RunTrainer, args: RecallArguments, training: Sequences | None) -> list[dict[str, Any]]:
     """Accuracy for each number of pairs and each length, and within them by distance.
 
     Lengths for which the model has no positions are listed with the reason, and without figures.
@@ -135,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(sequences) == 2:
         check_held_out(*sequences.values(), "validation")
     trainer = make_trainer(
-        RecallTrainer,
+        RunTrainer,
         model=model,
         args=training_args,
         train_dataset=sequences["train"].dataset() if "train" in sequences else None,

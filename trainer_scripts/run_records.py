@@ -19,6 +19,23 @@ MISSING = "—"
 PREFIXES = {"validation": "eval", "test": "test"}
 # Okabe and Ito's palette, which stays readable with any colour vision, without yellow, which is faint on white.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+
+def table_head(header: list[str]) -> list[str]:
+    """The first two lines of a Markdown table, whose columns but the first hold figures."""
+    return [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+
+
+def curve_style(index: int) -> dict[str, Any]:
+    """How matplotlib draws one of many curves."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": ["-", ":", "-."][index // len(COLOURS) % 3],
+        "linewidth": 1.6,
+        "markersize": 4.5,
+    }
 
 
 @dataclass

@@ -124,7 +124,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 class RunTrainer(Trainer):
-    """Trainer that publishes the run's own model card."""
+    """Trainer that publishes the run's own model card, and whose predictions keep the order of the data."""
+
+    def _get_eval_sampler(self, eval_dataset) -> None:
+        # By default `group_by_length` also shuffles what is evaluated.
+        return None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
