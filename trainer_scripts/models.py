@@ -1,5 +1,6 @@
 """Which model a training script works on: the arguments that name it, its tokenizer, configuration and weights."""
 
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -58,6 +59,10 @@ class ModelArguments:
             "help": "Dropout, in training, for Llama and its like, which have none: of embeddings, of what each "
             "sublayer returns and inside of feed-forward networks, as in Grassmann models."
         },
+    )
+    import_packages: list[str] | None = field(
+        default=None,
+        metadata={"help": "Installed packages to import first, as they add models to the Auto classes, such as fla."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings."})
 
@@ -161,8 +166,14 @@ def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **fiel
         fields: further fields of a new model, which follow from the data.
 
     Raises:
-        UserError: if it cannot be loaded, an override is unknown or impossible, or the vocabulary is too small.
+        UserError: if it or a package it needs cannot be loaded, an override is unknown or impossible, or the
+            vocabulary is too small.
     """
+    for package in args.import_packages or []:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"import_packages: cannot import {package}: {error}") from error
     try:
         if args.model_type:
             config, values = AutoConfig.for_model(args.model_type), {}
@@ -281,11 +292,11 @@ def add_dropout(model: PreTrainedModel, p: float) -> None:
     """Add what [`ModelArguments.added_dropout`] says. Checkpoints stay those of the architecture.
 
     Args:
-        model: a model of Llama's layout.
+        model: a model of Llama's layout, or of its relatives without attention in flash-linear-attention.
         p: probability of a zero.
 
     Raises:
-        UserError: if the model is not laid out like Llama, or has dropout of its own.
+        UserError: if the model is not laid out like these, or has dropout of its own.
     """
 
     def drop(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -298,14 +309,18 @@ def add_dropout(model: PreTrainedModel, p: float) -> None:
 
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         raise UserError(f"added_dropout={p}: {type(model).__name__} has dropout of its own, see its configuration")
-    try:
-        for layer in model.model.layers:
-            for sublayer in (layer.self_attn, layer.mlp):
-                sublayer.register_forward_hook(drop)
-            layer.mlp.down_proj.register_forward_pre_hook(drop_input)
-        model.model.embed_tokens.register_forward_hook(drop)
-    except AttributeError as error:
-        raise UserError(f"added_dropout={p}: {type(model).__name__} is not laid out like Llama: {error}") from error
+    layers = getattr(model.base_model, "layers", [])
+    sublayers = [
+        module for layer in layers for name, module in layer.named_children() if name in ("self_attn", "attn", "mixer")
+    ]
+    networks = [layer.mlp for layer in layers if hasattr(layer, "mlp")]
+    # A network that is one kernel would pass over the hook inside of it.
+    if not sublayers or any(not hasattr(mlp, "down_proj") or getattr(mlp, "fuse_swiglu", False) for mlp in networks):
+        raise UserError(f"added_dropout={p}: {type(model).__name__} is not laid out like Llama, or computes otherwise")
+    for module in (model.get_input_embeddings(), *sublayers, *networks):
+        module.register_forward_hook(drop)
+    for mlp in networks:
+        mlp.down_proj.register_forward_pre_hook(drop_input)
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:
