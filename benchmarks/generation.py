@@ -114,7 +114,10 @@ def filled_cache(model: PreTrainedModel, batch_size: int, context: int, args: Ge
 
 
 def state_bytes(cache: Cache) -> int:
-    return tensor_bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    # A memory has more than keys and values.
+    return tensor_bytes(
+        getattr(layer, name) for layer in cache.layers for name in getattr(layer, "STATE", ("keys", "values"))
+    )
 
 
 def make_decoding(

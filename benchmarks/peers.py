@@ -10,6 +10,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM
+from modeling_grassmann.grassmann_memory import KERNELS
 from modeling_grassmann.plucker import num_plucker_coordinates
 
 
@@ -18,6 +19,26 @@ SIZES = {
     "110M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "reduced_size": 64},
     # For tests of the benchmarks themselves.
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "reduced_size": 4, "vocab_size": 100},
+}
+# Of the same widths, with memories: the presets of the package.
+MEMORY = {"mixer_types": "memory", "gated_mlp": True, "hidden_act": "silu", "norm_placement": "pre"}
+SIZES |= {
+    "13M-memory": {**SIZES["13M"], **MEMORY, "intermediate_size": 768, "memory_reduced_size": 8},
+    "110M-memory": {
+        **SIZES["110M"],
+        **MEMORY,
+        "intermediate_size": 2352,
+        "memory_reduced_size": 8,
+        "num_memory_heads": 12,
+        "memory_value_size": 64,
+    },
+    "tiny-memory": {
+        **SIZES["tiny"],
+        **MEMORY,
+        "memory_reduced_size": 4,
+        "num_memory_heads": 2,
+        "memory_value_size": 8,
+    },
 }
 MODELS = ("grassmann", "llama")
 # BERT's 30,522 filled up to a multiple of 64, as is usual: rows of logits of odd sizes keep matrix units waiting.
@@ -82,6 +103,20 @@ def mixer_flops(width: int, reduced_size: int, num_heads: int = 1) -> int:
     return 2 * (width * reduced_size * num_heads + planes * width + 2 * width**2)
 
 
+def memory_flops(config: GrassmannConfig, length: int) -> int:
+    """
+    Necessary operations a token of a memory's forward over `length` tokens: projections, and the cheaper of two ways
+    to read: four products of vectors and a sum of values for each pair of tokens, or a state, written and read.
+    """
+    heads, size, values = config.num_memory_heads, config.memory_reduced_size, config.memory_value_size
+    kernel = KERNELS[config.memory_kernel]
+    planes = heads * kernel.num_vectors * size
+    projections = 2 * config.hidden_size * (2 * planes + 3 * heads * values + heads)
+    by_pairs = length * (kernel.num_vectors**2 * size + values)
+    by_state = 2 * 2 * kernel.num_features(size) * values
+    return projections + heads * min(by_pairs, by_state)
+
+
 def forward_flops(config: GrassmannConfig | LlamaConfig, length: int) -> int:
     """
     Necessary operations a token of a model's forward over `length` tokens, the vocabulary head included: two for each
@@ -89,7 +124,11 @@ def forward_flops(config: GrassmannConfig | LlamaConfig, length: int) -> int:
     """
     width, hidden = config.hidden_size, config.intermediate_size
     if config.model_type == "grassmann":
-        layer = mixer_flops(width, config.reduced_size, config.num_plucker_heads) + 2 * 2 * width * hidden
+        if "memory" in config.layer_mixers:
+            layer = memory_flops(config, length)
+        else:
+            layer = mixer_flops(width, config.reduced_size, config.num_plucker_heads)
+        layer += 2 * (3 if config.gated_mlp else 2) * width * hidden
     else:
         # Queries with keys and weights with values, 2 * width * length each, of which half is masked.
         layer = 2 * (4 * width**2 + 3 * width * hidden) + 2 * width * length

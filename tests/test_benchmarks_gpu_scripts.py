@@ -59,6 +59,18 @@ def test_a_models_operations_are_those_counted_by_hand():
     assert peers.forward_flops(llama.config, 10) == 2 * layer + 2 * 32 * 100
 
 
+def test_a_memorys_operations_are_those_counted_by_hand():
+    config = peers.make_grassmann("tiny-memory").config
+    # Planes of queries and keys, values, gate, decays and output, of 2 heads with r = 4 and values of 8.
+    projections = 2 * 32 * (2 * 16 + 2 * 16 + 2) + 2 * 16 * 32
+    # The mean token sees half of 10: four products of planes and one of values. Then 20 features, written and read.
+    assert peers.memory_flops(config, 10) == projections + 2 * 2 * 5 * (4 * 4 + 8)
+    assert peers.memory_flops(config, 10_000) == projections + 2 * 2 * 2 * 20 * 8
+    # Feed-forward with a gate, 32 to 64, and the head.
+    layer = peers.memory_flops(config, 10) + 2 * 3 * 32 * 64
+    assert peers.forward_flops(config, 10) == 2 * layer + 2 * 32 * 100
+
+
 def test_operations_agree_with_pytorchs_own_counter():
     grassmann = peers.make_grassmann("tiny")
     llama = peers.make_llama(grassmann, "eager", 64)
@@ -77,7 +89,10 @@ def test_operations_agree_with_pytorchs_own_counter():
     assert counter.get_total_flops() == 20 * peers.forward_flops(grassmann.config, 20)
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("13M", 12.57e6), ("110M", 113_500_000), ("tiny", 16776)])
+PARAMETERS = {"13M": 12.57e6, "110M": 113_500_000, "tiny": 16776, "13M-memory": 12.56e6, "110M-memory": 113_500_000}
+
+
+@pytest.mark.parametrize(("size", "parameters"), PARAMETERS.items())
 def test_llama_has_as_many_parameters_within_one_percent(size, parameters):
     with torch.device("meta"):
         grassmann = peers.make_grassmann(size)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from arguments import UserError
-from models import ModelArguments, add_dropout, usable_positions
+from models import ModelArguments, add_dropout, load_config, usable_positions
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +25,15 @@ SIZES = {
     "vocab_size": 50,
 }
 GRASSMANN = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "reduced_size": 4, "vocab_size": 50}
+
+
+class Vocabulary:
+    """What `load_config` asks of a tokenizer."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, None, None
+
+    def __len__(self):
+        return 50
 
 
 def build(config):
@@ -108,3 +117,32 @@ def test_dropout_is_not_added_where_it_has_no_place():
         add_dropout(build(config), 0.1)
     with pytest.raises(UserError, match=r"added_dropout=1.0 must be at least 0 and less than 1"):
         ModelArguments(model_type="llama", added_dropout=1.0)
+
+
+def fake_package(name, folder, monkeypatch, text):
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_models_of_a_package_are_known_once_it_is_imported(tmp_path, monkeypatch):
+    fake_package(
+        "package_of_models",
+        tmp_path,
+        monkeypatch,
+        "from transformers import AutoConfig, GPT2Config\n"
+        "class PackagedConfig(GPT2Config):\n    model_type = 'packaged'\n"
+        "AutoConfig.register('packaged', PackagedConfig, exist_ok=True)\n",
+    )
+    with pytest.raises(UserError, match="packaged"):
+        load_config(ModelArguments(model_type="packaged"), Vocabulary())
+    args = ModelArguments(model_type="packaged", import_packages=["package_of_models"])
+    assert load_config(args, Vocabulary()).model_type == "packaged"
+
+
+def test_a_package_that_is_missing_or_broken_is_named(tmp_path, monkeypatch):
+    args = ModelArguments(model_type="gpt2", import_packages=["broken_package"])
+    with pytest.raises(UserError, match="import_packages: cannot import broken_package: No module named"):
+        load_config(args, Vocabulary())
+    fake_package("broken_package", tmp_path, monkeypatch, "import torch.there_is_no_such_module")
+    with pytest.raises(UserError, match=r"cannot import broken_package: No module named 'torch\.there_is"):
+        load_config(args, Vocabulary())

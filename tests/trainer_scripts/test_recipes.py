@@ -6,6 +6,7 @@ import run_nli
 import torch
 import yaml
 from arguments import parse
+from models import add_dropout
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 
@@ -49,6 +50,8 @@ def build(config):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_its_model_builds(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+    for package in yaml.safe_load(recipe.read_text()).get("import_packages", []):
+        pytest.importorskip(package, reason=f"{package} is missing: the extra `bench`")
     model_args, data_args, training_args, _ = parse(run_clm.ARGUMENTS, [str(recipe), "--use_cpu"])
     config = run_clm.load_config(model_args, BertVocabulary())
     assert run_clm.choose_block_size(data_args, config) == data_args.block_size
@@ -59,7 +62,7 @@ def test_recipe_parses_and_its_model_builds(recipe, monkeypatch):
 def test_recipes_differ_only_in_the_model_and_the_output_folder():
     recipes = [yaml.safe_load(path.read_text()) for path in WIKITEXT]
     for recipe in recipes:
-        for name in ("config_name", "config_overrides", "added_dropout", "output_dir"):
+        for name in ("config_name", "config_overrides", "added_dropout", "import_packages", "output_dir"):
             recipe.pop(name, None)
         assert recipe == recipes[0]
 
@@ -145,3 +148,16 @@ def test_rotary_baselines_rotate_whole_heads(name):
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     # Llama has none: its recipe adds it.
     assert set(dropouts) <= {0.1, 0.0} and (0.1 in dropouts) == (name != "llama-6l")
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2"])
+def test_models_of_flash_linear_attention_have_the_baselines_size_and_added_dropout(name):
+    pytest.importorskip("fla", reason="flash-linear-attention is missing: the extra `bench`")
+    small, large = (AutoConfig.from_pretrained(REPOSITORY / f"configuration/models/{name}-{n}l") for n in (6, 12))
+    assert build(small).num_parameters() == pytest.approx(12_563_456, rel=0.001)
+    assert build(large).num_parameters() == pytest.approx(17_312_768, rel=0.001)
+    model = build(small)
+    add_dropout(model, 0.1)
+    hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    # The embedding; of each layer of GLA the mixer, the network and inside of it; of Mamba-2 the mixer alone.
+    assert len(hooked) == 1 + {"gla": 3 * 6, "mamba2": 11}[name]
