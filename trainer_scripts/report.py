@@ -3,10 +3,13 @@
     python trainer_scripts/report.py model_cards/wikitext2_* --baseline wikitext2_gpt2_6l --output docs/wikitext2
 
 writes `docs/wikitext2.md` and `docs/wikitext2.png`. Each folder of a run holds `recipe.yaml`, `log.jsonl` and
-`metrics.json`. Every figure in the table is read from `metrics.json`; one that is not there shows as a dash.
+`metrics.json`. Runs whose names differ only in a trailing `_seed<N>` are one model: the table holds their mean and
+standard deviation, and the picture their mean curve. Every figure in the table is read from `metrics.json`; one that
+is not there shows as a dash.
 """
 
 import math
+import statistics
 from pathlib import Path
 
 from arguments import UserError, closest, exits_on_user_error
@@ -14,82 +17,94 @@ from run_records import (
     COLOURS,
     MARKERS,
     MISSING,
+    Group,
     ReportParser,
-    Run,
     check_names,
+    group_runs,
     link,
     load_run,
     logged,
+    millions,
     new_figure,
     output_paths,
     save_figure,
+    spread,
     table_head,
     write_document,
 )
 
 
 BASELINE_COLOUR = "#000000"
-# What the table shows of `metrics.json`.
-COLUMNS = {
-    "parameters": lambda value: f"{value / 1e6:.2f}",
-    "eval_perplexity": "{:.2f}".format,
-    "test_perplexity": "{:.2f}".format,
-    "seed": "{:.0f}".format,
-}
 # The vertical axis ends at this multiple of the worst run's best perplexity: the first epochs, which are many times
 # higher, would otherwise leave no room for the differences between late ones.
 HEADROOM = 1.6
 
 
-def find_baseline(runs: list[Run], name: str | None) -> Run | None:
-    """The run of that name, None without a name.
+def find_baseline(groups: dict[str, Group], name: str | None) -> Group | None:
+    """The model of that name, None without a name.
 
     Raises:
         UserError: if none has it.
     """
-    if name is None:
-        return None
-    by_name = {run.name: run for run in runs}
-    if name not in by_name:
-        raise UserError(f"the baseline {name} is not among the runs: {closest(name, by_name)}")
-    return by_name[name]
+    if name is not None and name not in groups:
+        raise UserError(f"the baseline {name} is not among the models: {closest(name, groups)}")
+    return groups.get(name)
 
 
-def results_table(runs: list[Run], baseline: Run | None, parent: Path) -> str:
-    """Markdown table of the runs, in the order given, and a note on every figure that is missing.
+def results_table(groups: list[Group], baseline: Group | None, parent: Path) -> str:
+    """Markdown table of the models, in the order given, and a note on every figure that is missing.
 
     Args:
-        baseline: the run whose validation perplexity the others are compared with, in percent. None: no such column.
+        baseline: the model whose validation perplexity the others are compared with, in percent. None: no such column.
         parent: folder of the document, from which the runs are linked.
     """
-    header = ["run", "parameters (M)", "validation perplexity", "test perplexity", "seed"]
+    header = ["model", "seeds", "parameters (M)", "validation perplexity", "test perplexity"]
     if baseline:
-        header.insert(4, f"validation gap to {baseline.name} (%)")
+        header.append(f"validation gap to {baseline.name} (%)")
     lines = table_head(header)
     notes = []
-    for run in runs:
-        cells = [MISSING if (value := run.number(key)) is None else show(value) for key, show in COLUMNS.items()]
-        if absent := [f"`{key}`" for key in COLUMNS if run.number(key) is None]:
-            notes.append(f"- {run.name} ({MISSING}): its `metrics.json` has no {', '.join(absent)}.")
+    for group in groups:
+        seeds = ", ".join(link(run, str(seed), parent) for seed, run in group.runs.items())
+        cells = [group.name, f"{len(group.runs)} ({seeds})", millions(group.size("parameters"))]
+        cells += [spread(list(group.values(key).values())) for key in ("eval_perplexity", "test_perplexity")]
+        for key in ("parameters", "eval_perplexity", "test_perplexity"):
+            if absent := [run.name for seed, run in group.runs.items() if seed not in group.values(key)]:
+                notes.append(f"- The `metrics.json` of {', '.join(absent)} has no `{key}`.")
         if baseline:
-            cells.insert(3, gap(run, baseline, notes))
-        lines.append(f"| {link(run, run.name, parent)} | {' | '.join(cells)} |")
+            cells.append(gap(group, baseline, notes))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines + (["", *notes] if notes else []))
 
 
-def gap(run: Run, baseline: Run, notes: list[str]) -> str:
-    """How much higher the run's validation perplexity is than the baseline's, in percent, with its sign."""
-    if run is baseline:
+def gap(group: Group, baseline: Group, notes: list[str]) -> str:
+    """How much higher the mean validation perplexity is than the baseline's, in percent, with its sign."""
+    if group is baseline:
         return "baseline"
-    value, reference = run.number("eval_perplexity"), baseline.number("eval_perplexity")
-    if value is None or reference is None or not (math.isfinite(value) and math.isfinite(reference)):
-        notes.append(f"- {run.name} ({MISSING}): no gap, since a validation perplexity is missing or not finite.")
+    values, references = (list(each.values("eval_perplexity").values()) for each in (group, baseline))
+    if not values or not references or not all(map(math.isfinite, values + references)):
+        notes.append(f"- {group.name} ({MISSING}): no gap, since a validation perplexity is missing or not finite.")
         return MISSING
-    return f"{100 * (value / reference - 1):+.1f}"
+    return f"{100 * (statistics.fmean(values) / statistics.fmean(references) - 1):+.1f}"
 
 
-def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
-    """Draw validation perplexity against epoch, one curve a run, as a PNG.
+def mean_curve(group: Group, notes: list[str]) -> list[tuple[float, float]]:
+    """(epoch, mean validation perplexity over the seeds) where all runs of a model have a finite one."""
+    by_epoch = {}
+    for run in group.runs.values():
+        curve = logged(run, "eval_perplexity")
+        finite = [(epoch, value) for epoch, value in curve if math.isfinite(value)]
+        if len(finite) < len(curve):
+            notes.append(f"- {run.name}: infinite or undefined perplexities are not drawn.")
+        elif not finite:
+            notes.append(f"- {run.name}: its `log.jsonl` has no `eval_perplexity`, so it has no curve.")
+        for epoch, value in finite:
+            by_epoch.setdefault(epoch, []).append(value)
+    shared = {epoch: values for epoch, values in by_epoch.items() if len(values) == len(group.runs)}
+    return [(epoch, statistics.fmean(values)) for epoch, values in sorted(shared.items())]
+
+
+def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
+    """Draw validation perplexity against epoch, one curve a model, as a PNG.
 
     Returns:
         notes on what the picture leaves out.
@@ -100,16 +115,9 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
     figure = new_figure(layout="constrained")
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-    notes, curves = [], {}
-    for run in runs:
-        curve = logged(run, "eval_perplexity")
-        finite = [(epoch, value) for epoch, value in curve if math.isfinite(value)]
-        if finite:
-            curves[run.name] = finite
-        if len(finite) < len(curve):
-            notes.append(f"- {run.name}: infinite or undefined perplexities are not drawn.")
-        elif not finite:
-            notes.append(f"- {run.name}: its `log.jsonl` has no `eval_perplexity`, so it has no curve.")
+    notes = []
+    curves = {group.name: mean_curve(group, notes) for group in groups}
+    curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         raise UserError("there is nothing to plot: no log.jsonl has a finite eval_perplexity")
 
@@ -155,22 +163,23 @@ def plot(runs: list[Run], baseline: Run | None, path: Path) -> list[str]:
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = ReportParser(__doc__)
-    parser.add_argument("--baseline", help="Name of the run's folder that the others are compared with.")
+    parser.add_argument("--baseline", help="Name of the model that the others are compared with.")
     args = parser.parse_args(argv)
 
     runs = [load_run(folder) for folder in args.runs]
     check_names(runs)
-    baseline = find_baseline(runs, args.baseline)
-    table = results_table(runs, baseline, args.output.parent)
+    by_name = group_runs(runs)
+    groups, baseline = list(by_name.values()), find_baseline(by_name, args.baseline)
+    table = results_table(groups, baseline, args.output.parent)
     document, picture = output_paths(args.output)
-    notes = plot(runs, baseline, picture)
+    notes = plot(groups, baseline, picture)
     sections = [
         f"# Results: {args.output.name}",
         table,
-        f"![Validation perplexity against epoch, one curve a run]({picture.name})",
+        f"![Validation perplexity against epoch, one curve a model]({picture.name})",
         "\n".join(notes),
         "Written by `trainer_scripts/report.py`: the table from the `metrics.json` of each run, the curves from its"
-        " `log.jsonl`.",
+        " `log.jsonl`. After ± stands the standard deviation over the seeds.",
     ]
     write_document(document, sections)
     print(f"wrote {document} and {picture}")

@@ -10,7 +10,6 @@ for comparisons, `outcomes_test.json`. Runs whose names differ only in a trailin
 
 import itertools
 import math
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,21 @@ from run_records import (
     COLOURS,
     MISSING,
     PREFIXES,
+    Group,
     ReportParser,
     Run,
     check_names,
+    group_runs,
     link,
     load_run,
+    millions,
     new_figure,
     number,
     output_paths,
     parse_json,
     read,
     save_figure,
+    spread,
     table_head,
     write_document,
 )
@@ -45,37 +48,6 @@ RESAMPLES = 10_000
 PUBLISHED_COLOUR = "0.35"
 # Heights of the picture's rows and of what surrounds each panel, in inches.
 ROW, MARGIN = 0.5, 0.95
-
-
-@dataclass
-class Group:
-    """Runs that differ in nothing but their seed.
-
-    Attributes:
-        name: the runs' names without `_seed<N>`.
-        runs: the runs by seed, in ascending order.
-    """
-
-    name: str
-    runs: dict[int, Run]
-
-    def values(self, key: str) -> dict[int, float | int]:
-        """A figure of `metrics.json` by seed, without the runs that do not have it."""
-        values = {seed: run.number(key) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in values.items() if value is not None}
-
-    def size(self, key: str) -> int | None:
-        """A number of parameters, None where no run has it.
-
-        Raises:
-            UserError: if the runs do not agree.
-        """
-        sizes = set(self.values(key).values())
-        if len(sizes) > 1:
-            raise UserError(
-                f"the runs {self.name} are no group: their {key} are {' and '.join(map(str, sorted(sizes)))}"
-            )
-        return sizes.pop() if sizes else None
 
 
 @dataclass
@@ -97,39 +69,8 @@ class Comparison:
         return statistics.fmean(self.by_seed.values())
 
 
-def group_runs(runs: list[Run]) -> dict[str, Group]:
-    """The groups by name, in the order of their first runs.
-
-    Raises:
-        UserError: if a run's seed is unknown, differs from that in its name, or is that of another run of its group.
-    """
-    groups = {}
-    for run in runs:
-        name, _, suffix = re.fullmatch(r"(.+?)(_seed(\d+))?", run.name).groups()
-        seed = run.number("seed")
-        if seed is None:
-            raise UserError(f"{run.folder / 'metrics.json'} has no seed")
-        if suffix is not None and int(suffix) != seed:
-            raise UserError(f"{run.folder / 'metrics.json'}: seed is {seed}, but the name of the run says {suffix}")
-        members = groups.setdefault(name, Group(name, {})).runs
-        if seed in members:
-            raise UserError(f"{members[seed].name} and {run.name} have the same seed, {seed}")
-        members[seed] = run
-    for group in groups.values():
-        group.runs = dict(sorted(group.runs.items()))
-    return groups
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, of more than one value, sample standard deviation, in percent: `85.38 ± 0.12`."""
-    if not values:
-        return MISSING
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
-
-
-def millions(value: int | None) -> str:
-    return MISSING if value is None else f"{value / 1e6:.2f}"
+def percent(fractions: list[float]) -> str:
+    return spread([100 * value for value in fractions])
 
 
 def results_table(groups: list[Group], split: str, parent: Path) -> str:
@@ -150,7 +91,7 @@ def results_table(groups: list[Group], split: str, parent: Path) -> str:
         seeds = ", ".join(link(run, str(seed), parent) for seed, run in group.runs.items())
         cells = [group.name, f"{len(group.runs)} ({seeds})"]
         cells += [millions(group.size(key)) for key in ("head_parameters", "parameters")]
-        cells += [spread(list(group.values(f"{key}_accuracy").values())) for key in PREFIXES.values()]
+        cells += [percent(list(group.values(f"{key}_accuracy").values())) for key in PREFIXES.values()]
         for label in classes:
             values = group.values(prefix + label).values()
             cells.append(f"{100 * statistics.fmean(values):.2f}" if values else MISSING)
@@ -287,7 +228,7 @@ def published_table(rows: list[dict[str, Any]]) -> str:
     lines.append("| --- | --- | --- | ---: | ---: |")
     for row in rows:
         cells = [row["source"], row["backbone"], row["head"]]
-        cells += [spread([row[key]] if row.get(key) is not None else []) for key in PREFIXES]
+        cells += [percent([row[key]] if row.get(key) is not None else []) for key in PREFIXES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -316,7 +257,7 @@ def plot(
     for row, (name, values) in enumerate(rows):
         colour = COLOURS[row % len(COLOURS)]
         draw_row(panels[0], row, [100 * value for value in values], colour)
-        label(panels[0], row, f"{name}   {spread(values)}")
+        label(panels[0], row, f"{name}   {percent(values)}")
     for row, entry in enumerate(drawn, start=len(rows)):
         panels[0].plot(100 * entry[split], row, "D", markersize=6, color=PUBLISHED_COLOUR, markerfacecolor="white")
         text = f"{entry['source']}: {entry['backbone']}, {entry['head']} head   {100 * entry[split]:.2f}"

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,37 @@ class Run:
         return number(self.metrics, key, str(self.folder / "metrics.json"))
 
 
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        name: the runs' names without `_seed<N>`.
+        runs: the runs by seed, in ascending order.
+    """
+
+    name: str
+    runs: dict[int, Run]
+
+    def values(self, key: str) -> dict[int, float | int]:
+        """A figure of `metrics.json` by seed, without the runs that do not have it."""
+        values = {seed: run.number(key) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def size(self, key: str) -> int | None:
+        """A number of parameters, None where no run has it.
+
+        Raises:
+            UserError: if the runs do not agree.
+        """
+        sizes = set(self.values(key).values())
+        if len(sizes) > 1:
+            raise UserError(
+                f"the runs {self.name} are no group: their {key} are {' and '.join(map(str, sorted(sizes)))}"
+            )
+        return sizes.pop() if sizes else None
+
+
 def number(entry: dict[str, Any], key: str, source: str) -> float | int | None:
     """A number of a JSON object, None where it is missing or null; a message about another type names the `source`."""
     value = entry.get(key)
@@ -116,6 +149,41 @@ def check_names(runs: list[Run]) -> None:
     repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if repeated:
         raise UserError(f"two runs are named {repeated[0]}: rename one of the folders")
+
+
+def group_runs(runs: list[Run]) -> dict[str, Group]:
+    """The groups by name, in the order of their first runs.
+
+    Raises:
+        UserError: if a run's seed is unknown, differs from that in its name, or is that of another run of its group.
+    """
+    groups = {}
+    for run in runs:
+        name, _, suffix = re.fullmatch(r"(.+?)(_seed(\d+))?", run.name).groups()
+        seed = run.number("seed")
+        if seed is None:
+            raise UserError(f"{run.folder / 'metrics.json'} has no seed")
+        if suffix is not None and int(suffix) != seed:
+            raise UserError(f"{run.folder / 'metrics.json'}: seed is {seed}, but the name of the run says {suffix}")
+        members = groups.setdefault(name, Group(name, {})).runs
+        if seed in members:
+            raise UserError(f"{members[seed].name} and {run.name} have the same seed, {seed}")
+        members[seed] = run
+    for group in groups.values():
+        group.runs = dict(sorted(group.runs.items()))
+    return groups
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of more than one value, sample standard deviation: `85.38 ± 0.12`."""
+    if not values:
+        return MISSING
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def millions(value: int | None) -> str:
+    return MISSING if value is None else f"{value / 1e6:.2f}"
 
 
 def read(path: Path) -> str:

@@ -63,8 +63,8 @@ def error_of(capsys, *arguments):
 
 def test_the_table_holds_the_figures_of_metrics_json(tmp_path, runs):
     text = make_report(tmp_path, *runs, "--baseline", "base")
-    assert "| [base](../cards/base) | 12.63 | 100.00 | 95.25 | baseline | 0 |" in text
-    assert "| [other](../cards/other) | 18.16 | 110.00 | 104.00 | +10.0 | 3 |" in text
+    assert "| base | 1 ([0](../cards/base)) | 12.63 | 100.00 | 95.25 | baseline |" in text
+    assert "| other | 1 ([3](../cards/other)) | 18.16 | 110.00 | 104.00 | +10.0 |" in text
     assert "validation gap to base (%)" in text
     assert report.MISSING not in text
     assert str(tmp_path) not in text
@@ -73,20 +73,53 @@ def test_the_table_holds_the_figures_of_metrics_json(tmp_path, runs):
 def test_without_a_baseline_there_is_no_gap(tmp_path, runs):
     text = make_report(tmp_path, *runs)
     assert "gap" not in text
-    assert "| [other](../cards/other) | 18.16 | 110.00 | 104.00 | 3 |" in text
+    assert "| other | 1 ([3](../cards/other)) | 18.16 | 110.00 | 104.00 |" in text
+
+
+def test_seeds_of_a_model_are_one_row_and_one_curve(tmp_path, runs, figures):
+    for seed, perplexity in enumerate((102.0, 104.0, 106.0)):
+        metrics = {"eval_perplexity": perplexity, "test_perplexity": 90.0 - seed, "parameters": 12_000_000}
+        runs.append(
+            write_run(tmp_path / "cards" / f"many_seed{seed}", [120.0 + seed, perplexity], **metrics, seed=seed)
+        )
+    text = make_report(tmp_path, *runs, "--baseline", "base")
+    seeds = ", ".join(f"[{seed}](../cards/many_seed{seed})" for seed in range(3))
+    # 102, 104, 106: deviations -2, 0, 2 over n - 1 = 2 give 2.
+    assert f"| many | 3 ({seeds}) | 12.00 | 104.00 ± 2.00 | 89.00 ± 1.00 | +4.0 |" in text
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert curves["many"] == [[1, 121], [2, 104]]
+
+
+def test_a_curve_is_the_mean_only_where_all_seeds_were_evaluated(tmp_path, runs, figures):
+    for seed, curve in enumerate(([120.0, 110.0], [100.0])):
+        runs.append(write_run(tmp_path / "cards" / f"some_seed{seed}", curve, seed=seed))
+    make_report(tmp_path, *runs)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert curves["some"] == [[1, 110]]
+
+
+def test_runs_that_cannot_be_one_model_are_errors(tmp_path, runs, capsys):
+    cards, output = tmp_path / "cards", ["--output", str(tmp_path / "results")]
+    same = [write_run(cards / name, [9.0], seed=1) for name in ("twice", "twice_seed1")]
+    assert "twice and twice_seed1 have the same seed, 1" in error_of(capsys, *same, *output)
+    sizes = [write_run(cards / f"size_seed{seed}", [9.0], parameters=10 + seed, seed=seed) for seed in (0, 1)]
+    assert "the runs size are no group: their parameters are 10 and 11" in error_of(capsys, *sizes, *output)
+    unknown = write_run(cards / "unknown", [9.0])
+    assert "has no seed" in error_of(capsys, unknown, *output)
 
 
 def test_a_missing_figure_is_a_dash_and_a_note(tmp_path, runs):
-    run = write_run(tmp_path / "cards" / "bare", [120.0], eval_perplexity=120.0, test_perplexity=None)
+    run = write_run(tmp_path / "cards" / "bare", [120.0], eval_perplexity=120.0, test_perplexity=None, seed=0)
     text = make_report(tmp_path, *runs, run, "--baseline", "base")
-    assert "| [bare](../cards/bare) | — | 120.00 | — | +20.0 | — |" in text
-    assert "- bare (—): its `metrics.json` has no `parameters`, `test_perplexity`, `seed`." in text
+    assert "| bare | 1 ([0](../cards/bare)) | — | 120.00 | — | +20.0 |" in text
+    assert "- The `metrics.json` of bare has no `parameters`." in text
+    assert "- The `metrics.json` of bare has no `test_perplexity`." in text
 
 
 def test_a_diverged_run_has_no_gap(tmp_path, runs):
-    run = write_run(tmp_path / "cards" / "diverged", [math.inf, 500.0], eval_perplexity=math.inf)
+    run = write_run(tmp_path / "cards" / "diverged", [math.inf, 500.0], eval_perplexity=math.inf, seed=0)
     text = make_report(tmp_path, *runs, run, "--baseline", "base")
-    assert "| [diverged](../cards/diverged) | — | inf | — | — | — |" in text
+    assert "| diverged | 1 ([0](../cards/diverged)) | — | inf | — | — |" in text
     assert "- diverged (—): no gap" in text
     assert "- diverged: infinite or undefined perplexities are not drawn." in text
 
@@ -117,14 +150,15 @@ def test_equal_files_give_an_equal_picture(tmp_path, runs):
 
 
 def test_a_run_without_evaluations_is_in_the_table_only(tmp_path, runs, figures):
-    run = write_run(tmp_path / "cards" / "silent", [], eval_perplexity=50.0)
+    run = write_run(tmp_path / "cards" / "silent", [], eval_perplexity=50.0, seed=0)
     text = make_report(tmp_path, *runs, run)
-    assert "| [silent](../cards/silent) |" in text and "- silent: its `log.jsonl` has no `eval_perplexity`" in text
+    assert "| silent | 1 ([0](../cards/silent)) |" in text
+    assert "- silent: its `log.jsonl` has no `eval_perplexity`" in text
     assert [line.get_label() for line in figures[0].axes[0].lines] == ["other", "base"]
 
 
 def test_without_any_curve_there_is_an_error(tmp_path, capsys):
-    run = write_run(tmp_path / "silent", [])
+    run = write_run(tmp_path / "silent", [], seed=0)
     assert "nothing to plot" in error_of(capsys, run, "--output", str(tmp_path / "results"))
     assert not (tmp_path / "results.md").exists()
 
@@ -154,7 +188,7 @@ def test_a_broken_file_is_an_error_that_names_it(name, content, message, tmp_pat
 def test_wrong_arguments_are_errors(tmp_path, runs, capsys):
     output = ["--output", str(tmp_path / "results")]
     error = error_of(capsys, *runs, *output, "--baseline", "bas")
-    assert "the baseline bas is not among the runs: did you mean base?" in error
+    assert "the baseline bas is not among the models: did you mean base?" in error
     assert "two runs are named base" in error_of(capsys, *runs, runs[0], *output)
     assert "--output" in error_of(capsys, *runs)
     assert "cannot make the folder" in error_of(capsys, *runs, "--output", f"{runs[0]}/log.jsonl/results")

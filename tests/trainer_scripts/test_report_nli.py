@@ -71,10 +71,10 @@ def test_the_table_holds_means_and_sample_deviations_by_group(tmp_path, runs):
 
 
 def test_spread_is_the_formula_by_hand():
-    assert report_nli.spread([]) == MISSING
-    assert report_nli.spread([0.8511]) == "85.11"
+    assert report_nli.percent([]) == MISSING
+    assert report_nli.percent([0.8511]) == "85.11"
     # Deviations -1, 0, 1 over n - 1 = 2 give 1.
-    assert report_nli.spread([0.84, 0.85, 0.86]) == "85.00 ± 1.00"
+    assert report_nli.percent([0.84, 0.85, 0.86]) == "85.00 ± 1.00"
 
 
 def test_a_run_without_a_seed_in_its_name_is_a_group_without_spread(tmp_path):
