@@ -103,7 +103,12 @@ class GraphTrainer(RunTrainer):
         """Record a step, which computes nothing yet. Its gradients keep their memory, and are handed out anew."""
         self.graph = torch.cuda.CUDAGraph()
         model.zero_grad(set_to_none=True)
-        # Other threads, such as those of a data loader, may go on.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.loss = self.static_step(model)
+        try:
+            # Other threads, such as those of a data loader, may go on.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.loss = self.static_step(model)
+        except RuntimeError as error:
+            # Such as models of Transformers whose masks differ under recording: they would be compiled again in it.
+            compiled = " with torch_compile: leave out one of both" if self.args.torch_compile else ""
+            raise UserError(f"cuda_graphs cannot record {type(self.model).__name__}{compiled}: {error}") from error
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]

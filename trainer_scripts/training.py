@@ -130,6 +130,12 @@ class RunTrainer(Trainer):
         # By default `group_by_length` also shuffles what is evaluated.
         return None
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # A decoding state is no prediction, whether or not the configuration says so.
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
+        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, "past_key_values"])
+
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().init_hf_repo(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from checkpoints import is_complete
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_blocks, load_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 
 def independent_perplexity(folder, path, block_size):
@@ -178,3 +178,15 @@ def test_only_padded_batches_have_a_mask(tokenizer_folder, lengths, has_mask):
     batch = collator([{"input_ids": [5] * length, "labels": [5] * length} for length in lengths])
     assert ("attention_mask" in batch) == has_mask
     assert batch["labels"].tolist() == [[5] * length + [-100] * (3 - length) for length in lengths]
+
+
+def test_a_decoding_state_is_no_prediction_even_if_the_configuration_does_not_say_so(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT2Config, "keys_to_ignore_at_inference", [])
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    arguments = [argument for argument in tiny_run if not argument.startswith(("--model_type", "--config_"))]
+    arguments += ["--model_type=gpt2", f"--config_overrides={json.dumps(sizes)}", "--do_eval", "--do_predict"]
+    # The Trainer turns the state off for as long as it trains.
+    arguments += ["--do_train", "--max_steps=1", "--save_strategy=no"]
+    run_clm.main([*arguments, "--report_to=none", f"--output_dir={tmp_path}"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_tokens"] > 0 and metrics["test_tokens"] > 0
