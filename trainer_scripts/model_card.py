@@ -48,6 +48,11 @@ MEMORY = (
     *("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel"),
     *("memory_conv_size", "gated_mlp"),
 )
+# What only layers of the paper's mixer have.
+PLUCKER = {
+    *("num_plucker_heads", "reduced_size", "offsets"),
+    *("mixer_out_proj", "separate_past_projection", "learned_offset_weights"),
+}
 # Facts of `metrics.json` about the training, as far as it has them, and how a card shows them.
 FACTS = {
     "seed": ("random seed", str),
@@ -314,8 +319,13 @@ def architecture(record: Record) -> str:
     config = record.config
     if config is None:
         return "The files of the run do not say what the model is made of."
-    names = ARCHITECTURE + (MEMORY if "memory" in getattr(config, "layer_mixers", ()) else ())
+    mixers = getattr(config, "layer_mixers", ())
+    names = ARCHITECTURE + (MEMORY if "memory" in mixers else ())
     fields = {name: getattr(config, name, None) for name in names}
+    if mixers and "plucker" not in mixers:
+        # A memory that has no size of its own takes that of the other mixer.
+        shared = {"reduced_size"} if config.memory_reduced_size is None else set()
+        fields = {name: value for name, value in fields.items() if name not in PLUCKER - shared}
     if not record.saved_config:
         # Follows from a tokenizer that is not here.
         del fields["vocab_size"]

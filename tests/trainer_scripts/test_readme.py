@@ -8,14 +8,17 @@ import mixer
 import processes
 import pytest
 from conftest import REPOSITORY
-from report import find_baseline, load_run, results_table
-from report_nli import compare, comparison_table, group_runs
+from report import find_baseline, results_table
+from report_nli import compare, comparison_table
 from report_nli import results_table as classifier_table
+from run_records import group_runs, load_run
 
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = ["gpt2_6l", "gpt_neox_6l", "stablelm_6l", "grassmann_6l_pre", "grassmann_6l_post"]
 RESULTS += ["grassmann_6l_pre_all_offsets"]
+WITH_MEMORY = ["gpt_neox", "stablelm", "llama_dropout", "gla", "inner_r16", "inner_squared_r16", "inner_squared_r24"]
+WITH_MEMORY += ["inner_squared_r32", "memory_r8", "memory_r16"]
 DISTILBERT = ["grassmann", "transformer", "linear", "grassmann_frozen", "transformer_frozen", "linear_frozen"]
 DISTILBERT += ["grassmann_tuned_frozen", "grassmann_without_features_frozen"]
 CLASSIFIERS = [f"snli_distilbert_{name}" for name in DISTILBERT]
@@ -92,11 +95,47 @@ def test_files_that_the_documents_name_exist():
     assert missing <= {"trainer_scripts/run_"}
 
 
+def language_models(folders, baseline, parent):
+    groups = group_runs([load_run(folder) for folder in folders])
+    return results_table(list(groups.values()), find_baseline(groups, baseline), REPOSITORY / parent)
+
+
 @pytest.mark.parametrize(("document", "parent"), [("README.md", "."), ("docs/wikitext2.md", "docs")])
 def test_the_results_are_those_of_the_recorded_runs(document, parent):
-    runs = [load_run(REPOSITORY / "model_cards" / f"wikitext2_{name}") for name in RESULTS]
-    table = results_table(runs, find_baseline(runs, "wikitext2_gpt2_6l"), REPOSITORY / parent)
+    folders = [REPOSITORY / "model_cards" / f"wikitext2_{name}" for name in RESULTS]
+    table = language_models(folders, "wikitext2_gpt2_6l", parent)
     assert table in (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def test_the_results_of_models_with_a_memory_are_those_of_the_recorded_runs():
+    records = REPOSITORY / "model_cards" / "wikitext2_memory"
+    folders = [folder for name in WITH_MEMORY for folder in sorted(records.glob(f"{name}_seed?"))]
+    assert language_models(folders, "gpt_neox", ".") in README
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [("wikitext2_memory", "gpt_neox"), ("wikitext2_memory_12l", "llama_dropout_12l"), ("wikitext2_memory_tuning", None)],
+)
+def test_pages_of_runs_hold_the_recorded_results(name, baseline):
+    folders = sorted((REPOSITORY / "model_cards" / name).glob("*_seed?"))
+    table = language_models(folders, baseline, "docs")
+    assert table in (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_search_quotes_the_recorded_results():
+    """Every perplexity in the table of the page, and in its line on 12 layers."""
+    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
+    pages = [(REPOSITORY / "docs" / f"wikitext2_memory{suffix}.md").read_text() for suffix in ("", "_12l")]
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[3:5] for page in pages for line in page.splitlines()}
+    quoted = re.findall(r"^\| (?:\*\*)?(\w+)[:* ].*? \| ([\d.± ]+) \| ([\d.± ]+) \|", text, flags=re.MULTILINE)
+    assert len(quoted) == 11
+    for name, *figures in quoted:
+        assert figures == rows[name], name
+    deep = re.search(r"12 layers, 17.3.*?\n\n", text, flags=re.DOTALL).group(0)
+    for name in ("memory_r8", "memory_r16", "llama_dropout"):
+        validation, test = re.search(rf"{name} ([\d.]+)\s\((?:test )?([\d.]+)\)", deep).groups()
+        assert [validation, test] == [cell.strip(" |") for cell in rows[f"{name}_12l"]], name
 
 
 def test_the_results_of_classifiers_are_those_of_the_recorded_runs():
