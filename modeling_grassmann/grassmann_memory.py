@@ -524,7 +524,8 @@ def decay_factors(
         - decays `D_ts` from each step `s` of a chunk to each step `t` of `steps`, `(B, H, N, c, c)`;
         - decays from the end of the previous chunk to each step, `(B, H, N, c)`.
     """
-    total = log_decay.cumsum(-1)
+    # Exported programs allow no arithmetic on the length of a single chunk.
+    total = log_decay.cumsum(-1) if log_decay.shape[2] == 1 else prefix_sums(log_decay)
     later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
     unseen = later[steps] | (segment[..., steps, None] != segment[..., None, :])
     inside = (total[..., steps, None] - total[..., None, :]).masked_fill(unseen, -math.inf).exp()
@@ -571,6 +572,18 @@ def split_chunks(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
     if padding:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding))
     return tensor.unflatten(1, (num_chunks, chunk_size)).movedim(3, 1)
+
+
+def prefix_sums(x: torch.Tensor) -> torch.Tensor:
+    """
+    Sums up to each place of the last dimension, by blocks of 64. For a GPU, PyTorch 2.11 fails to compile the sums of
+    a few long rows that lie apart.
+    """
+    if x.shape[-1] == 64 or x.shape[-1] % 64:
+        return x.cumsum(-1)
+    inside = x.unflatten(-1, (-1, 64)).cumsum(-1)  # (..., n, 64)
+    before = F.pad(prefix_sums(inside[..., -1])[..., :-1], (1, 0))  # (..., n)
+    return (inside + before[..., None]).flatten(-2)
 
 
 def choose_chunk_size(length: int, num_features: int, backend: str) -> int:
@@ -695,7 +708,7 @@ def grassmann_memory_chunked(
     steps = slice(None) if backend == "torch" else slice(-1, None)
     total, inside, entering = decay_factors(log_decay, segment, steps)
     rest = log_decay - F.pad(total, (1, 0)).diff(dim=-1)  # (B, H, N, c)
-    rest = rest.flatten(2).cumsum(-1).view_as(rest)
+    rest = rest.cumsum(-1) if rest.shape[2] == 1 else prefix_sums(rest.flatten(2)).view_as(rest)
     values = values * (-rest).exp()[..., None]  # (B, H, N, c, dv)
 
     output = torch.zeros_like(values)

@@ -113,10 +113,14 @@ def test_the_results_of_models_with_a_memory_are_those_of_the_recorded_runs():
     assert language_models(folders, "gpt_neox", ".") in README
 
 
-@pytest.mark.parametrize(
-    ("name", "baseline"),
-    [("wikitext2_memory", "gpt_neox"), ("wikitext2_memory_12l", "llama_dropout_12l"), ("wikitext2_memory_tuning", None)],
-)
+PAGES = {
+    "wikitext2_memory": "gpt_neox",
+    "wikitext2_memory_12l": "llama_dropout_12l",
+    "wikitext2_memory_tuning": None,
+}
+
+
+@pytest.mark.parametrize(("name", "baseline"), PAGES.items())
 def test_pages_of_runs_hold_the_recorded_results(name, baseline):
     folders = sorted((REPOSITORY / "model_cards" / name).glob("*_seed?"))
     table = language_models(folders, baseline, "docs")

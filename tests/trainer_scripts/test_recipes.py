@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
 REPOSITORY = Path(__file__).parents[2]
 WIKITEXT = sorted((REPOSITORY / "configuration/wikitext2").glob("*.yaml"))
-RECIPES = [*WIKITEXT, REPOSITORY / "configuration/quickstart/stdlib_docs.yaml"]
+MEMORY = sorted((REPOSITORY / "configuration/wikitext2_memory").glob("*.yaml"))
+RECIPES = [*WIKITEXT, *MEMORY, REPOSITORY / "configuration/quickstart/stdlib_docs.yaml"]
 SNLI = sorted((REPOSITORY / "configuration/snli").glob("*.yaml"))
 # The published sizes of the encoders that the recipes build on.
 BACKBONES = {
@@ -55,16 +56,45 @@ def test_recipe_parses_and_its_model_builds(recipe, monkeypatch):
     model_args, data_args, training_args, _ = parse(run_clm.ARGUMENTS, [str(recipe), "--use_cpu"])
     config = run_clm.load_config(model_args, BertVocabulary())
     assert run_clm.choose_block_size(data_args, config) == data_args.block_size
-    assert build(config).get_output_embeddings().weight.shape[0] == 30522
+    assert build(config).get_output_embeddings().weight.shape[0] == (30528 if recipe in MEMORY else 30522)
     assert training_args.do_train and training_args.do_eval
 
 
-def test_recipes_differ_only_in_the_model_and_the_output_folder():
-    recipes = [yaml.safe_load(path.read_text()) for path in WIKITEXT]
+@pytest.mark.parametrize("paths", [WIKITEXT, MEMORY], ids=["published", "memory"])
+def test_recipes_differ_only_in_the_model_and_the_output_folder(paths):
+    recipes = [yaml.safe_load(path.read_text()) for path in paths]
     for recipe in recipes:
         for name in ("config_name", "config_overrides", "added_dropout", "import_packages", "output_dir"):
             recipe.pop(name, None)
         assert recipe == recipes[0]
+
+
+@pytest.mark.parametrize("recipe", MEMORY, ids=lambda path: path.stem)
+def test_models_with_a_memory_and_their_peers_are_of_one_size(recipe, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for package in yaml.safe_load(recipe.read_text()).get("import_packages", []):
+        pytest.importorskip(package, reason=f"{package} is missing: the extra `bench`")
+    model_args = parse(run_clm.ARGUMENTS, [str(recipe), "--use_cpu"])[0]
+    # Those of StableLM with that vocabulary.
+    assert build(run_clm.load_config(model_args, BertVocabulary())).num_parameters() == pytest.approx(
+        12_564_992, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("recipe", MEMORY, ids=lambda path: path.stem)
+def test_recorded_runs_are_those_of_the_recipes(recipe, monkeypatch):
+    record = REPOSITORY / "model_cards/wikitext2_memory" / f"{recipe.stem}_seed0" / "recipe.yaml"
+    if not record.exists():
+        pytest.skip(f"there is no record of {recipe.stem} yet")
+    monkeypatch.chdir(REPOSITORY)
+    asked, recorded = (parse(run_clm.ARGUMENTS, [str(path), "--use_cpu"]) for path in (recipe, record))
+    configs = [run_clm.load_config(model_args, BertVocabulary()).to_dict() for model_args, *_ in (asked, recorded)]
+    assert configs[0] == configs[1]
+    assert asked[0].added_dropout == recorded[0].added_dropout
+    for name in yaml.safe_load(recipe.read_text()).keys() & vars(asked[2]).keys():
+        # How it was stored and shown, and how fast it was computed, is another matter.
+        if name not in ("output_dir", "report_to", "save_total_limit"):
+            assert getattr(asked[2], name) == getattr(recorded[2], name), name
 
 
 def load_classifier(recipe, monkeypatch):
