@@ -20,7 +20,7 @@ from .configuration_grassmann import (
 )
 
 
-HEAD_TYPES = ("grassmann", "transformer", "linear")
+HEAD_TYPES = ("grassmann", "transformer", "linear", "pooled_gated", "pooled_transformer")
 PAIR_SHARINGS = ("distance", "enumeration")
 # The head keeps a factor for each pair of a window.
 MAX_WINDOW = 2048
@@ -53,7 +53,8 @@ class GrassmannPluckerConfig(PreTrainedConfig):
             Configuration of the backbone. Defaults to a DistilBERT of its default size.
         head_type (`str`, *optional*, defaults to `"grassmann"`):
             `"grassmann"` (Plücker features of token pairs), `"transformer"` (PyTorch's encoder layers, for
-            comparison) or `"linear"` (pooling alone).
+            comparison) or `"linear"` (pooling alone). `"pooled_gated"` and `"pooled_transformer"` pool first, so that
+            their layers mix no tokens: the heads of a public reproduction, for its checkpoints.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether only the head is trained. A frozen backbone also runs without dropout. To train it after all, load
             the model with `freeze_backbone=False`.
@@ -189,7 +190,7 @@ class GrassmannPluckerConfig(PreTrainedConfig):
                 f"`reduced_size` must be a multiple of `num_heads` ({self.num_heads}), with at least 2 dimensions a "
                 f"head, got {self.reduced_size}."
             )
-        if self.head_type == "transformer" and self.hidden_size % self.num_heads != 0:
+        if self.head_type in ("transformer", "pooled_transformer") and self.hidden_size % self.num_heads != 0:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_heads` ({self.num_heads}), got {self.hidden_size}."
             )

@@ -37,6 +37,23 @@ class TokenwiseMixer(nn.Module):
         return self.norm(gated_mix(hidden_states, torch.zeros_like(hidden_states), self.gate_proj))
 
 
+class ConstantMixer(nn.Module):
+    """
+    A learned vector `g` in the place of features: `LN(h + α h + (1 - α) g)` with `α = σ(W [h; g] + b)`. That is all a
+    mixer with a residual can do with planes `z ∧ z`: they are zero, and `g` is the bias of their projection.
+    """
+
+    def __init__(self, config: GrassmannPluckerConfig):
+        super().__init__()
+        self.feature = nn.Parameter(torch.zeros(config.hidden_size))
+        self.gate_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        features = self.feature.expand_as(hidden_states)
+        return self.norm(hidden_states + gated_mix(hidden_states, features, self.gate_proj))
+
+
 def make_window_mixer(config: GrassmannPluckerConfig) -> nn.Module:
     if not config.use_plucker_features:
         return TokenwiseMixer(config)
@@ -74,8 +91,10 @@ class TransformerLayer(nn.TransformerEncoderLayer):
 
 
 def make_layer(config: GrassmannPluckerConfig) -> nn.Module:
-    if config.head_type == "transformer":
+    if config.head_type in ("transformer", "pooled_transformer"):
         return TransformerLayer(config)
+    if config.head_type == "pooled_gated":
+        return GrassmannBlock(config, ConstantMixer(config))
     return GrassmannBlock(config, make_window_mixer(config))
 
 
@@ -105,6 +124,14 @@ class MixingHead(nn.Module):
         return pool(hidden_states, real, self.pooling)
 
 
+class PooledHead(MixingHead):
+    """[`MixingHead`] on one vector a row, the pooled tokens of the backbone, so that there is nothing to mix."""
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        pooled = pool(hidden_states, real, self.pooling)[:, None]  # (B, 1, input_size)
+        return super().forward(pooled, real.new_ones(pooled.shape[:2]))
+
+
 class LinearHead(nn.Module):
     """The backbone's tokens, pooled."""
 
@@ -118,7 +145,13 @@ class LinearHead(nn.Module):
 
 
 # Each maps the backbone's tokens (B, T, input_size) and which of them are real (B, T) to (B, output_size).
-HEADS = {"grassmann": MixingHead, "transformer": MixingHead, "linear": LinearHead}
+HEADS = {
+    "grassmann": MixingHead,
+    "transformer": MixingHead,
+    "linear": LinearHead,
+    "pooled_gated": PooledHead,
+    "pooled_transformer": PooledHead,
+}
 
 
 def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
@@ -255,6 +288,8 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
         if isinstance(module, PluckerProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
+        elif isinstance(module, ConstantMixer):
+            init.zeros_(module.feature)
         elif isinstance(module, PluckerWindowMixer):
             weights = window_pair_weights(module.window_size, module.num_heads, module.pair_sharing)
             init.copy_(module.pair_weights, weights)

@@ -100,7 +100,7 @@ def test_a_head_is_held_to_its_own_fields_alone(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"head_type": "mlp"}, ["`head_type`", "grassmann, transformer, linear", "got 'mlp'"]),
+        ({"head_type": "mlp"}, ["`head_type`", "grassmann, transformer, linear, pooled_gated", "got 'mlp'"]),
         ({"pair_sharing": "random"}, ["`pair_sharing`", "distance, enumeration", "got 'random'"]),
         ({"norm_placement": "middle"}, ["`norm_placement`", "post, pre", "got 'middle'"]),
         ({"pooling": "max"}, ["`pooling`", "first, last, mean", "got 'max'"]),

@@ -437,6 +437,31 @@ def test_the_head_sees_real_tokens_alone_wherever_the_padding_is(head_type, norm
             torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("norm_placement", ["post", "pre"])
+@pytest.mark.parametrize("head_type", ["pooled_gated", "pooled_transformer"])
+def test_a_pooled_head_sees_the_mean_of_the_real_tokens_alone(head_type, norm_placement, make_classifier, tmp_path):
+    model = make_classifier(head_type=head_type, norm_placement=norm_placement)
+    model.save_pretrained(tmp_path)
+    head = AutoModelForSequenceClassification.from_pretrained(tmp_path).head
+    hidden_states = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(9) < torch.tensor([[9], [4]])
+    expected = torch.cat([row[mask].mean(0, keepdim=True) for row, mask in zip(hidden_states, real)])[:, None]
+    actual = head(hidden_states, real)
+    torch.testing.assert_close(actual, model.head(expected, torch.ones(2, 1, dtype=torch.bool)), rtol=0, atol=2e-6)
+    assert (actual[0] - actual[1]).abs().max() > 0.1
+
+
+def test_a_pooled_gate_mixes_in_the_constant_that_planes_of_equal_vectors_leave(make_classifier):
+    mixer = make_classifier(head_type="pooled_gated").head.layers[0].mixer
+    hidden_states = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0))
+    # Features of z ∧ z are the bias of their projection.
+    features = F.linear(torch.zeros(3, 1, 6), torch.randn(16, 6), mixer.feature)
+    gate = torch.sigmoid(mixer.gate_proj(torch.cat([hidden_states, features], dim=-1)))
+    expected = mixer.norm(hidden_states + gate * hidden_states + (1 - gate) * features)
+    actual = mixer(hidden_states, torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
 def test_padding_is_exact_without_gradients_too(hidden_act, make_classifier, make_ids):
     # PyTorch's encoder layers have a fused path of their own for inference.
