@@ -1,12 +1,5 @@
-"""Tables and a picture of classifiers of sentence pairs, from the files that runs of `run_nli.py` leave behind.
-
-    python trainer_scripts/report_nli.py model_cards/snli_* --output docs/snli \
-        --compare snli_distilbert_grassmann:snli_distilbert_transformer --published configuration/published_snli.json
-
-writes `docs/snli.md` and `docs/snli.png`. Each folder of a run holds `recipe.yaml`, `log.jsonl`, `metrics.json` and,
-for comparisons, `outcomes_test.json`. Runs whose names differ only in a trailing `_seed<N>` form one group.
-`--compare A:B` gives the difference A - B of the mean accuracies, with a paired interval over the items of the split.
-"""
+"""Tables and a picture of classifiers of sentence pairs, from the files that runs of `run_nli.py` leave behind: see
+`report.py`."""
 
 import itertools
 import math
@@ -16,28 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from arguments import UserError, closest, exits_on_user_error
+from arguments import UserError, closest
 from run_records import (
     COLOURS,
     MISSING,
     PREFIXES,
     Group,
-    ReportParser,
     Run,
-    check_names,
     group_runs,
     link,
-    load_run,
     millions,
     new_figure,
     number,
-    output_paths,
     parse_json,
     read,
     save_figure,
     spread,
     table_head,
-    write_document,
 )
 
 
@@ -141,6 +129,22 @@ def load_outcomes(run: Run, split: str) -> dict[str, Any]:
     return outcomes
 
 
+def group_hits(group: Group, split: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """
+    Names of the classes, the class of each item of a split, and whether each run was right: 1 or 0, (seeds, items).
+
+    Raises:
+        UserError: if the outcomes of a run are missing or broken, or those of the runs are of different items.
+    """
+    members = [load_outcomes(run, split) for run in group.runs.values()]
+    labels, references = members[0]["labels"], members[0]["references"]
+    for run, member in zip(group.runs.values(), members):
+        if member["labels"] != labels or not np.array_equal(member["references"], references):
+            known = next(iter(group.runs.values())).name
+            raise UserError(f"{known} and {run.name} were evaluated on different items of the {split} split")
+    return labels, references, np.array([member["predictions"] == references for member in members], dtype=int)
+
+
 def compare(first: Group, second: Group, split: str) -> Comparison:
     """Compare two groups on the items of a split.
 
@@ -152,37 +156,32 @@ def compare(first: Group, second: Group, split: str) -> Comparison:
         raise UserError(
             f"{first.name} has the seeds {seeds[0]}, but {second.name} {seeds[1]}: a paired comparison needs the same"
         )
-    outcomes = [[load_outcomes(run, split) for run in group.runs.values()] for group in (first, second)]
-    reference = outcomes[0][0]
-    for group, members in zip((first, second), outcomes):
-        for run, member in zip(group.runs.values(), members):
-            same = reference["labels"] == member["labels"]
-            if not same or not np.array_equal(reference["references"], member["references"]):
-                known = next(iter(first.runs.values())).name
-                raise UserError(f"{known} and {run.name} were evaluated on different items of the {split} split")
-    # +1 where only the first is right, -1 where only the second is: (seeds, items)
-    hits = np.array(
-        [[member["predictions"] == reference["references"] for member in members] for members in outcomes], dtype=int
+    (labels, references, hits), (other_labels, other_references, other_hits) = (
+        group_hits(group, split) for group in (first, second)
     )
-    differences = hits[0] - hits[1]
+    if labels != other_labels or not np.array_equal(references, other_references):
+        names = [next(iter(group.runs.values())).name for group in (first, second)]
+        raise UserError(f"{names[0]} and {names[1]} were evaluated on different items of the {split} split")
+    # +1 where only the first is right, -1 where only the second is: (seeds, items)
+    differences = hits - other_hits
     by_seed = dict(zip(first.runs, differences.mean(axis=1).tolist()))
-    return Comparison(first, second, by_seed, paired_interval(differences))
+    return Comparison(first, second, by_seed, bootstrap_interval(differences))
 
 
-def paired_interval(differences: np.ndarray) -> tuple[float, float]:
+def bootstrap_interval(outcomes: np.ndarray) -> tuple[float, float]:
     """
-    95% percentile interval of the mean difference under resampling of the items with replacement.
+    95% percentile interval of the mean outcome under resampling of the items with replacement.
 
-    An item's difference is averaged over the seeds, so that all seeds of an item are drawn together. The mean of a
+    An item's outcome is averaged over the seeds, so that all seeds of an item are drawn together. The mean of a
     resample depends only on how often each of the few possible values of that average is drawn, and these counts are
     multinomial: drawing them is drawing the items.
 
     Args:
-        differences: -1, 0 or 1 for each run and item, (seeds, items).
+        outcomes: integers for each run and item, (seeds, items): 1 or 0 for right or wrong, or the difference of two.
     """
-    seeds, items = differences.shape
+    seeds, items = outcomes.shape
     # Sums of integers, as equal averages may differ in their last bit.
-    values, counts = np.unique(differences.sum(axis=0), return_counts=True)
+    values, counts = np.unique(outcomes.sum(axis=0), return_counts=True)
     drawn = np.random.default_rng(0).multinomial(items, counts / items, size=RESAMPLES)
     low, high = np.quantile(drawn @ values / (items * seeds), [0.025, 0.975])
     return float(low), float(high)
@@ -317,54 +316,83 @@ def finish(axes: "Axes", rows: int, title: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-@exits_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    parser = ReportParser(__doc__)
-    parser.add_argument("--compare", nargs="+", default=[], metavar="A:B", help="Groups to compare, A minus B.")
-    parser.add_argument("--published", type=Path, help="JSON file of published accuracies.")
-    parser.add_argument(
-        "--split", choices=PREFIXES, default="test", help="What comparisons, classes and the picture show."
-    )
-    args = parser.parse_args(argv)
+def class_table(groups: list[Group], split: str) -> str:
+    """
+    Accuracy on each class with a 95% interval under resampling of its items, where all runs of a group kept their
+    outcomes; an empty text where no group's did.
 
-    runs = [load_run(folder) for folder in args.runs]
-    check_names(runs)
+    Raises:
+        UserError: if the outcomes of a run are broken, or those of a group are of different items.
+    """
+    lines, header = [], None
+    for group in groups:
+        kept = all((run.folder / f"outcomes_{split}.json").is_file() for run in group.runs.values())
+        if not kept or len(group.values(f"{PREFIXES[split]}_accuracy")) < len(group.runs):
+            continue
+        labels, references, hits = group_hits(group, split)
+        if header is None:
+            header = labels
+            lines = table_head(["group", *(f"{label} (%)" for label in labels)])
+        cells = [group.name]
+        for label in header:
+            of_class = hits[:, references == labels.index(label)] if label in labels else hits[:, :0]
+            if not of_class.size:
+                cells.append(MISSING)
+                continue
+            low, high = bootstrap_interval(of_class)
+            cells.append(f"{100 * of_class.mean():.2f} [{100 * low:.2f}, {100 * high:.2f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sections(
+    runs: list[Run], compared: list[str], published: Path | None, split: str, parent: Path, picture: Path
+) -> list[str]:
+    """
+    The parts of a document about classifiers; draws its picture, and prints the comparisons.
+
+    Args:
+        runs: the runs.
+        compared: names of two groups each, `A:B`.
+        published: JSON file of published accuracies.
+        split: what comparisons, classes and the picture show.
+        parent: folder of the document.
+        picture: file to draw.
+
+    Raises:
+        UserError: if the runs, the names or the file are not what they must be.
+    """
     groups = group_runs(runs)
     comparisons = []
-    for pair in args.compare:
+    for pair in compared:
         names = pair.split(":")
         if len(names) != 2:
             raise UserError(f"--compare {pair}: write the names of two groups as A:B")
-        comparisons.append(compare(*(find_group(groups, name) for name in names), args.split))
-    published = load_published(args.published) if args.published else []
-    table = results_table(list(groups.values()), args.split, args.output.parent)
-    document, picture = output_paths(args.output)
-    plot(list(groups.values()), comparisons, published, args.split, picture)
-    sections = [
-        f"# Results: {args.output.name}",
-        table,
-        "Means over the seeds ± sample standard deviations; a single run has none.",
-    ]
+        comparisons.append(compare(*(find_group(groups, name) for name in names), split))
+    rows = load_published(published) if published else []
+    table = results_table(list(groups.values()), split, parent)
+    by_class = class_table(list(groups.values()), split)
+    plot(list(groups.values()), comparisons, rows, split, picture)
+    result = [table, "Means over the seeds ± sample standard deviations; a single run has none."]
+    if by_class:
+        result += [
+            by_class,
+            f"By class of the {split} split: means over the seeds, in brackets 95% intervals under {RESAMPLES:,}"
+            " resamples of the items of the class, each with the outcomes of all seeds.",
+        ]
     if comparisons:
-        table = comparison_table(comparisons, args.split)
+        table = comparison_table(comparisons, split)
         print(table)
-        sections += [
+        result += [
             table,
-            f"The intervals are paired: {RESAMPLES:,} resamples of the items of the {args.split} split, each item with"
+            f"The intervals are paired: {RESAMPLES:,} resamples of the items of the {split} split, each item with"
             " the outcomes of all seeds of both groups. They tell how much depends on the items, for these trained"
             " models; how much depends on the training is what the differences by seed tell.",
         ]
-    sections += [
-        published_table(published) if published else "",
-        f"![Accuracy on the {args.split} split by group and seed, and differences between groups]({picture.name})",
-        "Written by `trainer_scripts/report_nli.py`: accuracies from the `metrics.json` of each run, comparisons from"
-        f" its `outcomes_{args.split}.json`."
-        if comparisons
-        else "Written by `trainer_scripts/report_nli.py` from the `metrics.json` of each run.",
+    return [
+        *result,
+        published_table(rows) if rows else "",
+        f"![Accuracy on the {split} split by group and seed, and differences between groups]({picture.name})",
+        "Accuracies are from the `metrics.json` of each run"
+        + (f", comparisons and intervals from its `outcomes_{split}.json`." if comparisons or by_class else "."),
     ]
-    write_document(document, sections)
-    print(f"wrote {document} and {picture}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,8 @@
 """What the reports on recorded runs share: reading a run's folder, and writing a document with a picture."""
 
 import argparse
+import base64
+import html
 import json
 import os
 import re
@@ -249,6 +251,51 @@ def write_document(path: Path, sections: list[str]) -> None:
         path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
+div.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9em; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
+img { max-width: 100%; height: auto; }
+code { background: #f2f2f2; padding: 0 0.2em; }
+"""
+
+
+def write_page(document: Path) -> Path:
+    """Make of a Markdown document a page of HTML beside it that holds the document's pictures.
+
+    Raises:
+        UserError: if markdown-it-py is missing, or a file cannot be read or written.
+    """
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError as error:
+        raise UserError('markdown-it-py is missing: pip install "modeling-grassmann[reports]"') from error
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    def picture(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+        source = tokens[index].attrGet("src")
+        try:
+            content = base64.b64encode((document.parent / source).read_bytes()).decode()
+        except OSError as error:
+            raise UserError(f"cannot read {document.parent / source}: {error.strerror}") from error
+        tokens[index].attrSet("src", f"data:image/png;base64,{content}")
+        return renderer.image(tokens, index, options, env)
+
+    parser.add_render_rule("image", picture)
+    text = read(document)
+    body = parser.render(text).replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    title = html.escape(text.splitlines()[0].lstrip("# "))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    page = document.with_name(document.name.removesuffix(".md") + ".html")
+    write_document(
+        page,
+        [f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>'],
+    )
+    return page
 
 
 def output_paths(output: Path) -> tuple[Path, Path]:

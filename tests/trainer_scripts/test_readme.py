@@ -8,7 +8,7 @@ import mixer
 import processes
 import pytest
 from conftest import REPOSITORY
-from report import find_baseline, results_table
+from report_clm import find_baseline, results_table
 from report_nli import compare, comparison_table
 from report_nli import results_table as classifier_table
 from run_records import group_runs, load_run

@@ -1,9 +1,13 @@
+import base64
 import json
 import math
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import report
+from conftest import REPOSITORY
+from run_records import MISSING
 
 
 def write_run(folder, perplexities, **metrics):
@@ -66,7 +70,7 @@ def test_the_table_holds_the_figures_of_metrics_json(tmp_path, runs):
     assert "| base | 1 ([0](../cards/base)) | 12.63 | 100.00 | 95.25 | baseline |" in text
     assert "| other | 1 ([3](../cards/other)) | 18.16 | 110.00 | 104.00 | +10.0 |" in text
     assert "validation gap to base (%)" in text
-    assert report.MISSING not in text
+    assert MISSING not in text
     assert str(tmp_path) not in text
 
 
@@ -96,6 +100,86 @@ def test_a_curve_is_the_mean_only_where_all_seeds_were_evaluated(tmp_path, runs,
     make_report(tmp_path, *runs)
     curves = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert curves["some"] == [[1, 110]]
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.sources, self.open = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.open = tag
+        self.sources += [value for name, value in attributes if name in ("src", "srcset") or tag == "link"]
+
+    def handle_data(self, data):
+        if self.open in ("td", "th", "a"):
+            self.cells.append(data.strip())
+
+
+def test_the_page_holds_the_table_and_the_picture(tmp_path, runs):
+    make_report(tmp_path, *runs, "--baseline", "base")
+    page = Page((tmp_path / "docs" / "results.html").read_text(encoding="utf-8"))
+    assert {"base", "other", "12.63", "100.00", "95.25", "+10.0", "baseline"} <= set(page.cells)
+    # Nothing comes from outside.
+    (source,) = page.sources
+    prefix = "data:image/png;base64,"
+    assert source.startswith(prefix)
+    assert base64.b64decode(source.removeprefix(prefix)) == (tmp_path / "docs" / "results.png").read_bytes()
+
+
+def test_text_of_runs_is_no_html(tmp_path, runs):
+    run = write_run(tmp_path / "cards" / "<script>alert(1)", [120.0], eval_perplexity=120.0, seed=0)
+    make_report(tmp_path, *runs, run)
+    assert "<script>" not in (tmp_path / "docs" / "results.html").read_text(encoding="utf-8")
+
+
+def test_language_models_and_classifiers_come_together(tmp_path, runs):
+    classifiers = [
+        write_run(
+            tmp_path / "cards" / f"nli_seed{seed}", [], eval_accuracy=0.8 + seed / 100, test_accuracy=0.7, seed=seed
+        )
+        for seed in (0, 1)
+    ]
+    text = make_report(tmp_path, *runs, *classifiers, "--baseline", "base")
+    assert text.index("## Language models") < text.index("| other |") < text.index("## Classifiers")
+    assert "80.50 ± 0.71" in text
+    for name in ("results.png", "results_accuracy.png"):
+        assert name in text and (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
+    assert len(Page((tmp_path / "docs" / "results.html").read_text()).sources) == 2
+
+
+def test_options_of_the_other_kind_are_errors(tmp_path, runs, capsys):
+    output = ["--output", str(tmp_path / "results")]
+    assert "there are none among the runs; try --baseline" in error_of(capsys, *runs, *output, "--compare", "a:b")
+    classifier = write_run(tmp_path / "cards" / "nli", [], test_accuracy=0.7, seed=0)
+    assert "try --compare" in error_of(capsys, classifier, *output, "--baseline", "nli")
+
+
+def test_published_perplexities_have_the_gaps_of_their_sources(tmp_path, runs):
+    published = REPOSITORY / "configuration" / "published_wikitext2.json"
+    text = make_report(tmp_path, *runs, "--published_perplexities", str(published))
+    # 275.7 / 248.4 and 253.76 / 181.66.
+    assert "| arXiv 2512.19428 | grassmann | 6 | 128 | 13.00 | 275.70 | +11.0 |" in text
+    assert "| alphaXiv reproduction | grassmann | 6 | 128 | 12.61 | 253.76 | +39.7 |" in text
+    assert text.count("| baseline |") == 7
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], "row 1 must be a JSON object, not a int"),
+        ([{"source": "a"}], "row 1: model is None, not a string"),
+        ([{"source": "a", "model": "b", "layers": 6, "block": 128, "parameters": 1}], "row 1 has no perplexity"),
+    ],
+)
+def test_a_wrong_file_of_published_perplexities_is_an_error(row, message, tmp_path, runs, capsys):
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(row))
+    arguments = [*runs, "--output", str(tmp_path / "results"), "--published_perplexities", str(path)]
+    assert message in error_of(capsys, *arguments)
 
 
 def test_runs_that_cannot_be_one_model_are_errors(tmp_path, runs, capsys):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import report
 import report_nli
 from conftest import REPOSITORY
 from run_records import MISSING
@@ -45,14 +46,14 @@ def runs(tmp_path):
 
 
 def make_report(tmp_path, *arguments):
-    report_nli.main([*map(str, arguments), "--output", str(tmp_path / "docs" / "results")])
+    report.main([*map(str, arguments), "--output", str(tmp_path / "docs" / "results")])
     assert (tmp_path / "docs" / "results.png").read_bytes().startswith(b"\x89PNG")
     return (tmp_path / "docs" / "results.md").read_text()
 
 
 def error_of(capsys, tmp_path, *arguments):
     with pytest.raises(SystemExit) as exit:
-        report_nli.main([*map(str, arguments), "--output", str(tmp_path / "results")])
+        report.main([*map(str, arguments), "--output", str(tmp_path / "results")])
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -67,7 +68,7 @@ def test_the_table_holds_means_and_sample_deviations_by_group(tmp_path, runs):
     assert f"| a | {seeds} | 0.62 | 66.40 | 81.50 ± 2.12 | 85.00 ± 7.07 | 85.00 | 85.00 | 85.00 |" in text
     assert "0.62 | 73.10 | 50.00 ± 0.00 | 77.50 ± 3.54 |" in text
     assert "| test, entailment (%) | test, neutral (%) | test, contradiction (%) |" in text
-    assert MISSING not in text and "interval" not in text and str(tmp_path) not in text
+    assert MISSING not in text and "paired" not in text and str(tmp_path) not in text
 
 
 def test_spread_is_the_formula_by_hand():
@@ -112,32 +113,60 @@ def test_a_comparison_is_the_difference_of_the_means(tmp_path, runs, capsys):
 def test_identical_runs_differ_by_nothing(tmp_path):
     runs = [write_run(tmp_path / name, 13) for name in ("a", "b")]
     assert "| a − b | +0.00 | [+0.00, +0.00] | 0: +0.00 |" in make_report(tmp_path, *runs, "--compare", "a:b")
-    assert report_nli.paired_interval(np.zeros((3, 50), dtype=int)) == (0, 0)
+    assert report_nli.bootstrap_interval(np.zeros((3, 50), dtype=int)) == (0, 0)
 
 
 def test_the_interval_is_that_of_resampled_items():
     differences = np.random.default_rng(1).choice([-1, 0, 1], size=(3, 400), p=[0.1, 0.7, 0.2])
     items = np.random.default_rng(2).integers(400, size=(10_000, 400))
     expected = np.quantile(differences.mean(axis=0)[items].mean(axis=1), [0.025, 0.975])
-    assert report_nli.paired_interval(differences) == pytest.approx(expected, abs=2e-3)
+    assert report_nli.bootstrap_interval(differences) == pytest.approx(expected, abs=2e-3)
 
 
 def test_the_interval_uses_the_pairing_and_the_average_over_seeds():
     # The seeds cancel within each item: nothing is left to chance.
     opposite = np.array([[1, -1] * 50, [-1, 1] * 50])
-    assert report_nli.paired_interval(opposite) == (0, 0)
+    assert report_nli.bootstrap_interval(opposite) == (0, 0)
     # Copies of one run are no further evidence.
     differences = np.random.default_rng(3).choice([-1, 0, 1], size=(1, 500))
-    assert report_nli.paired_interval(np.repeat(differences, 3, axis=0)) == report_nli.paired_interval(differences)
+    assert report_nli.bootstrap_interval(np.repeat(differences, 3, axis=0)) == report_nli.bootstrap_interval(
+        differences
+    )
 
 
 def test_the_interval_covers_the_true_difference_about_19_times_in_20():
     generator, truth, covered = np.random.default_rng(4), 0.05, 0
     for _ in range(300):
-        low, high = report_nli.paired_interval(generator.choice([-1, 0, 1], size=(1, 400), p=[0.1, 0.75, 0.15]))
+        low, high = report_nli.bootstrap_interval(generator.choice([-1, 0, 1], size=(1, 400), p=[0.1, 0.75, 0.15]))
         covered += low <= truth <= high
     # 285 are expected; the standard deviation is 4.
     assert 270 <= covered <= 298
+
+
+def test_classes_have_intervals_of_their_own_items(tmp_path, runs):
+    text = make_report(tmp_path, *runs)
+    table = re.search(r"\| group \| entail.*?\n\n", text, flags=re.DOTALL).group(0).splitlines()
+    header, row_a, row_b = table[0], *table[2:4]
+    assert header == "| group | entailment (%) | neutral (%) | contradiction (%) |"
+    # Of 20 items a class, 2 and 4 are wrong for `a`. All classes are alike, and so are their intervals.
+    cells = row_a.strip("| ").split(" | ")
+    assert cells[0] == "a" and len(set(cells[1:])) == 1
+    mean, low, high = map(float, re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", cells[1]).groups())
+    assert mean == 85 and 65 < low < 80 and 90 < high <= 100
+    assert row_b.startswith("| b | 77.50 [")
+
+
+def test_without_outcomes_there_are_no_intervals(tmp_path, runs):
+    for run in runs[:2]:
+        (tmp_path / run / "outcomes_test.json").unlink()
+    text = make_report(tmp_path, *runs)
+    table = re.search(r"\| group \| entail.*?\n\n", text, flags=re.DOTALL).group(0)
+    assert "| b |" in table and "| a |" not in table
+    for run in runs[2:]:
+        (tmp_path / run / "outcomes_test.json").unlink()
+    assert "[" not in make_report(tmp_path, *runs).replace("](", "").replace("([", "").replace(", [", "").replace(
+        "![", ""
+    )
 
 
 def test_the_split_may_be_validation(tmp_path):
@@ -155,10 +184,11 @@ def test_the_split_may_be_validation(tmp_path):
 
 def test_the_picture_has_a_dot_a_seed_and_an_interval_a_comparison(tmp_path, runs, monkeypatch):
     figures = []
-    monkeypatch.setattr(report_nli, "save_figure", lambda figure, path: figures.append(figure))
+    save = report_nli.save_figure
+    monkeypatch.setattr(report_nli, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
     published = REPOSITORY / "configuration" / "published_snli.json"
-    arguments = [*runs, "--compare", "a:b", "--published", str(published)]
-    report_nli.main([*arguments, "--output", str(tmp_path / "results")])
+    arguments = [*runs, "--compare", "a:b", "--published_accuracies", str(published)]
+    report.main([*arguments, "--output", str(tmp_path / "results")])
     accuracies, differences = figures[0].axes
     dots = [line.get_xdata() for line in accuracies.lines if line.get_marker() == "o"]
     assert [list(values) for values in dots] == [pytest.approx([90, 80]), pytest.approx([80, 75])]
@@ -201,7 +231,7 @@ def test_equal_files_give_an_equal_picture(tmp_path, runs):
 
 
 def test_published_figures_are_a_table_of_their_own(tmp_path, runs):
-    text = make_report(tmp_path, *runs, "--published", REPOSITORY / "configuration" / "published_snli.json")
+    text = make_report(tmp_path, *runs, "--published_accuracies", REPOSITORY / "configuration" / "published_snli.json")
     assert "| arXiv 2512.19428 | DistilBERT | Grassmann | 85.50 | 85.38 |" in text
     assert "| alphaXiv reproduction | DistilBERT, frozen, mean-pooled | Transformer | 67.54 | 67.94 |" in text
 
@@ -217,7 +247,7 @@ def test_published_figures_are_a_table_of_their_own(tmp_path, runs):
 )
 def test_a_broken_file_of_published_figures_is_an_error(content, message, tmp_path, runs, capsys):
     (tmp_path / "published.json").write_text(content)
-    assert message in error_of(capsys, tmp_path, *runs, "--published", tmp_path / "published.json")
+    assert message in error_of(capsys, tmp_path, *runs, "--published_accuracies", tmp_path / "published.json")
 
 
 def test_groups_that_cannot_be_compared_are_errors(tmp_path, runs, capsys):
