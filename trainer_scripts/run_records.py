@@ -258,6 +258,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9em; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left; }
+td { white-space: nowrap; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 img { max-width: 100%; height: auto; }
 code { background: #f2f2f2; padding: 0 0.2em; }
