@@ -15,11 +15,11 @@ from run_records import (
     MISSING,
     RecordsParser,
     curve_style,
+    finish_curves,
     new_figure,
     output_paths,
     parse_json,
     read,
-    save_figure,
     table_head,
     write_document,
 )
@@ -111,7 +111,7 @@ def plot(models: list[dict[str, Any]], path: Path) -> None:
         UserError: if matplotlib is missing, the file cannot be written, or there is nothing to draw.
     """
     figure = new_figure(figsize=(8, 4.8 + 0.23 * math.ceil(len(models) / 2)), layout="constrained")
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     axes = figure.add_subplot()
     for index, model in enumerate(models):
@@ -128,17 +128,9 @@ def plot(models: list[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("tokens before the predicted one, from here to twice as many", fontsize=12)
     axes.set_ylabel("perplexity per token (log scale)", fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Outside of the axes, where it covers no curve.
-    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
-    save_figure(figure, path)
+    finish_curves(figure, axes, path)
 
 
 def write_report(records: list[dict[str, Any]], output: Path) -> None:

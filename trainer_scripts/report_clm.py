@@ -12,21 +12,21 @@ from run_records import (
     MISSING,
     Group,
     Run,
+    finish_curves,
     group_runs,
     link,
+    load_published,
     logged,
     millions,
     new_figure,
-    number,
-    parse_json,
-    read,
-    save_figure,
     spread,
     table_head,
 )
 
 
 BASELINE_COLOUR = "#000000"
+# Numbers of a published row.
+PUBLISHED = ("layers", "block", "parameters", "perplexity")
 # The vertical axis ends at this multiple of the worst run's best perplexity: the first epochs, which are many times
 # higher, would otherwise leave no room for the differences between late ones.
 HEADROOM = 1.6
@@ -105,7 +105,7 @@ def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
         UserError: if matplotlib is missing, no run has a curve, or the file cannot be written.
     """
     figure = new_figure(layout="constrained")
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     notes = []
     curves = {group.name: mean_curve(group, notes) for group in groups}
@@ -137,43 +137,15 @@ def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
     axes.yaxis.set_major_locator(
         LogLocator(subs=(1, 2, 5)) if top > 10 * bottom else MaxNLocator(12, steps=[1, 2, 5, 10])
     )
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=max(curve[-1][0] for curve in curves.values()) >= 2))
     axes.set_xlabel("epoch (passes over the training data)", fontsize=12)
     axes.set_ylabel("validation perplexity per token (log scale)", fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Outside of the axes, where it covers no curve.
-    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
-    save_figure(figure, path)
+    finish_curves(figure, axes, path)
     return notes
 
 
-def load_published(path: Path) -> list[dict[str, Any]]:
-    """Published perplexities: rows of `source`, `model`, `layers`, `block`, `parameters` and `perplexity`.
-
-    Raises:
-        UserError: if the file cannot be read or a row is not of this kind.
-    """
-    rows = parse_json(read(path), str(path), list)
-    for index, row in enumerate(rows):
-        source = f"{path}, row {index + 1}"
-        if not isinstance(row, dict):
-            raise UserError(f"{source} must be a JSON object, not a {type(row).__name__}")
-        for key in ("source", "model"):
-            if not isinstance(row.get(key), str):
-                raise UserError(f"{source}: {key} is {row.get(key)!r}, not a string")
-        for key in ("layers", "block", "parameters", "perplexity"):
-            if number(row, key, source) is None:
-                raise UserError(f"{source} has no {key}")
-    return rows
-
-
 def published_table(rows: list[dict[str, Any]]) -> str:
-    """The rows, each with its gap to the Transformer of the same source and sizes."""
+    """Rows of `source`, `model` and [`PUBLISHED`], each with its gap to the Transformer of its source and sizes."""
     header = ["published by", "model", "layers", "block", "parameters (M)", "validation perplexity"]
     lines = table_head([*header, "gap to its Transformer (%)"])
     transformers = {
@@ -208,7 +180,7 @@ def sections(runs: list[Run], baseline: str | None, published: Path | None, pare
     groups = list(by_name.values())
     reference = find_baseline(by_name, baseline)
     table = results_table(groups, reference, parent)
-    rows = load_published(published) if published else []
+    rows = load_published(published, ("source", "model"), PUBLISHED) if published else []
     notes = plot(groups, reference, picture)
     return [
         table,

@@ -18,9 +18,9 @@ from run_records import (
     Run,
     group_runs,
     link,
+    load_published,
     millions,
     new_figure,
-    number,
     parse_json,
     read,
     save_figure,
@@ -203,26 +203,8 @@ def comparison_table(comparisons: list[Comparison], split: str) -> str:
     return "\n".join(lines)
 
 
-def load_published(path: Path) -> list[dict[str, Any]]:
-    """Published accuracies: rows of `source`, `backbone`, `head`, and fractions `validation` and `test` or null.
-
-    Raises:
-        UserError: if the file cannot be read or a row is not of this kind.
-    """
-    rows = parse_json(read(path), str(path), list)
-    for index, row in enumerate(rows):
-        source = f"{path}, row {index + 1}"
-        if not isinstance(row, dict):
-            raise UserError(f"{source} must be a JSON object, not a {type(row).__name__}")
-        for key in ("source", "backbone", "head"):
-            if not isinstance(row.get(key), str):
-                raise UserError(f"{source}: {key} is {row.get(key)!r}, not a string")
-        for key in PREFIXES:
-            number(row, key, source)
-    return rows
-
-
 def published_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `source`, `backbone` and `head`, and fractions `validation` and `test` or null."""
     lines = ["| published by | backbone | head | validation accuracy (%) | test accuracy (%) |"]
     lines.append("| --- | --- | --- | ---: | ---: |")
     for row in rows:
@@ -369,7 +351,9 @@ def sections(
         if len(names) != 2:
             raise UserError(f"--compare {pair}: write the names of two groups as A:B")
         comparisons.append(compare(*(find_group(groups, name) for name in names), split))
-    rows = load_published(published) if published else []
+    rows = []
+    if published:
+        rows = load_published(published, ("source", "backbone", "head"), tuple(PREFIXES), complete=False)
     table = results_table(list(groups.values()), split, parent)
     by_class = class_table(list(groups.values()), split)
     plot(list(groups.values()), comparisons, rows, split, picture)

@@ -16,6 +16,7 @@ from arguments import UserError
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MISSING = "—"
@@ -207,6 +208,28 @@ def parse_json(text: str, source: str, kind: type = dict) -> Any:
     return value
 
 
+def load_published(
+    path: Path, texts: tuple[str, ...], numbers: tuple[str, ...], complete: bool = True
+) -> list[dict[str, Any]]:
+    """Published figures: rows of texts and of numbers, which may be missing or null unless they must be `complete`.
+
+    Raises:
+        UserError: if the file cannot be read or a row is not of this kind.
+    """
+    rows = parse_json(read(path), str(path), list)
+    for index, row in enumerate(rows):
+        source = f"{path}, row {index + 1}"
+        if not isinstance(row, dict):
+            raise UserError(f"{source} must be a JSON object, not a {type(row).__name__}")
+        for key in texts:
+            if not isinstance(row.get(key), str):
+                raise UserError(f"{source}: {key} is {row.get(key)!r}, not a string")
+        for key in numbers:
+            if number(row, key, source) is None and complete:
+                raise UserError(f"{source} has no {key}")
+    return rows
+
+
 def link(run: Run, text: str, parent: Path) -> str:
     """Markdown link to a run's folder from a document in the folder `parent`."""
     return f"[{text}]({Path(os.path.relpath(run.folder, parent)).as_posix()})"
@@ -223,6 +246,25 @@ def new_figure(**kwargs: Any) -> "Figure":
     except ImportError as error:
         raise UserError('matplotlib is missing: pip install "modeling-grassmann[reports]"') from error
     return Figure(**kwargs)
+
+
+def finish_curves(figure: "Figure", axes: "Axes", path: Path) -> None:
+    """Finish a picture of curves that have labels, with perplexities from bottom to top, and write it.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.tick_params(labelsize=11)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Outside of the axes, where it covers no curve.
+    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
+    save_figure(figure, path)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
