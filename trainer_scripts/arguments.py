@@ -158,20 +158,30 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; messages call it `what`.
+
+    Raises:
+        UserError: if it cannot be read or holds no mapping.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the {what} {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the {what} {path} must be a mapping `name: value`, not a {type(content).__name__}")
+    return content
+
+
 def _accepts(hint: Any, container: type) -> bool:
     """Whether the type hint is, or is a union with, `container` (list or dict)."""
     return container in (hint, get_origin(hint)) or any(_accepts(member, container) for member in get_args(hint))
 
 
 def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: set[str]) -> list[str]:
-    try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"the recipe {path} must be a mapping `name: value`, not a {type(recipe).__name__}")
+    recipe = read_yaml(path, "recipe")
 
     flags = []
     for name, value in recipe.items():
