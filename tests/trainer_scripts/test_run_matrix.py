@@ -23,6 +23,20 @@ from test_recipes import BertVocabulary, build, load_classifier
 
 
 PUBLISHED = REPOSITORY / "configuration/matrix/published.yaml"
+FACTORS = REPOSITORY / "configuration/matrix/factors.yaml"
+STRONGER = {"learning_rate", "weight_decay", "adam_beta2"}
+# Model of that matrix -> what it changes of `grassmann`, or of `transformer`.
+CHANGES = {
+    "grassmann_pre_norm": {"norm_placement"},
+    "grassmann_all_offsets": {"offsets"},
+    "grassmann_pre_norm_all_offsets": {"norm_placement", "offsets"},
+    "grassmann_output_projection": {"mixer_out_proj"},
+    "grassmann_large_weights": {"initializer_range"},
+    "grassmann_stronger": STRONGER,
+    "grassmann_strongest": STRONGER,
+    "transformer_stronger": STRONGER,
+    "transformer_strongest": STRONGER,
+}
 
 # Stands for a script: does what its run_name says, and leaves what a complete run leaves.
 FAKE = """
@@ -193,6 +207,26 @@ def test_published_language_model_is_that_of_its_name(cell, monkeypatch):
         assert offsets == [offset for offset in (1, 2, 4, 8, 12, 16) for _ in range(cell.depth // 6)]
     assert training_args.do_train and training_args.do_eval and training_args.do_predict
     assert training_args.resume_from_checkpoint == "true"
+
+
+def facts(cell):
+    """Arguments of a cell, with the fields of its model's configuration."""
+    arguments = resolve(run_clm.ARGUMENTS, matrix.training(cell, []).argv)
+    model_args = run_clm.ModelArguments(
+        config_name=arguments.pop("config_name"), config_overrides=arguments.pop("config_overrides")
+    )
+    return arguments | run_clm.load_config(model_args, BertVocabulary()).to_dict()
+
+
+def test_each_factor_changes_what_its_name_says_and_nothing_else(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    cells = matrix.make_cells(matrix.load_matrix(str(FACTORS)), str(FACTORS), Path("out"), [0])
+    by_model = {(cell.model, cell.depth, cell.block): facts(cell) for cell in cells}
+    assert {model for model, *_ in by_model} == {"grassmann", "transformer", *CHANGES}
+    for (model, depth, block), found in by_model.items():
+        base = by_model[model.split("_")[0], depth, block]
+        changed = {name for name in found | base if found.get(name) != base.get(name)} - {"output_dir"}
+        assert changed == CHANGES.get(model, set()), (model, changed)
 
 
 @pytest.mark.parametrize(
