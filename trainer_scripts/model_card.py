@@ -135,6 +135,11 @@ class Record:
             else:
                 fields["model_type"] = self.recipe.get("model_type")
         model_type = fields.pop("model_type", None)
+        if self.recipe.get("import_packages"):
+            # A type of another package: what its file says, whether or not the package is there.
+            config = PreTrainedConfig(**fields)
+            config.model_type = model_type
+            return config
         try:
             return AutoConfig.for_model(model_type, **fields)
         except (AttributeError, TypeError, ValueError, StrictDataclassError):
