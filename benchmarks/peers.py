@@ -108,7 +108,9 @@ def memory_flops(config: GrassmannConfig, length: int) -> int:
     Necessary operations a token of a memory's forward over `length` tokens: projections, and the cheaper of two ways
     to read: four products of vectors and a sum of values for each pair of tokens, or a state, written and read.
     """
-    heads, size, values = config.num_memory_heads, config.memory_reduced_size, config.memory_value_size
+    heads, values = config.num_memory_heads, config.memory_value_size
+    # A memory that has no size of its own takes that of the other mixer.
+    size = config.memory_reduced_size or config.reduced_size
     kernel = KERNELS[config.memory_kernel]
     planes = heads * kernel.num_vectors * size
     projections = 2 * config.hidden_size * (2 * planes + 3 * heads * values + heads)
@@ -124,15 +126,16 @@ def forward_flops(config: GrassmannConfig | LlamaConfig, length: int) -> int:
     """
     width, hidden = config.hidden_size, config.intermediate_size
     if config.model_type == "grassmann":
-        if "memory" in config.layer_mixers:
-            layer = memory_flops(config, length)
-        else:
-            layer = mixer_flops(width, config.reduced_size, config.num_plucker_heads)
-        layer += 2 * (3 if config.gated_mlp else 2) * width * hidden
+        of_mixer = {
+            "plucker": mixer_flops(width, config.reduced_size, config.num_plucker_heads),
+            "memory": memory_flops(config, length),
+        }
+        network = 2 * (3 if config.gated_mlp else 2) * width * hidden
+        layers = sum(of_mixer[mixer] + network for mixer in config.layer_mixers)
     else:
         # Queries with keys and weights with values, 2 * width * length each, of which half is masked.
-        layer = 2 * (4 * width**2 + 3 * width * hidden) + 2 * width * length
-    return config.num_hidden_layers * layer + 2 * width * config.vocab_size
+        layers = config.num_hidden_layers * (2 * (4 * width**2 + 3 * width * hidden) + 2 * width * length)
+    return layers + 2 * width * config.vocab_size
 
 
 def ratio_rows(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Iterator[tuple[tuple, dict[str, dict]]]:

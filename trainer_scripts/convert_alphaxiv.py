@@ -38,6 +38,7 @@ from modeling_grassmann import (
     GrassmannPluckerForSequenceClassification,
 )
 from modeling_grassmann.configuration_grassmann import PAPER_OFFSETS
+from modeling_grassmann.plucker import num_plucker_coordinates
 
 
 # What `torch.compile` puts before all names.
@@ -339,7 +340,6 @@ def convert_grassmann_classifier(
     """
     prefix = "head.mixing_layers"
     reduced_size = checkpoint.shape(f"{prefix}.0.to_reduced.weight", 2)[0]
-    num_coordinates = reduced_size * (reduced_size - 1) // 2
     model, names = make_classifier(
         checkpoint,
         args,
@@ -355,7 +355,7 @@ def convert_grassmann_classifier(
         names[f"{prefix}.{i}.from_plucker.bias"] = f"head.layers.{i}.mixer.feature"
         without_effect[f"{prefix}.{i}.to_reduced.weight"] = (reduced_size, hidden_size)
         without_effect[f"{prefix}.{i}.to_reduced.bias"] = (reduced_size,)
-        without_effect[f"{prefix}.{i}.from_plucker.weight"] = (hidden_size, num_coordinates)
+        without_effect[f"{prefix}.{i}.from_plucker.weight"] = (hidden_size, num_plucker_coordinates(reduced_size))
     count = sum(torch.Size(shape).numel() for shape in without_effect.values())
     encoders = [f"{prefix}.{i}.plucker_encoder" for i in range(num_layers)]
     load(checkpoint, model, names, pairs(encoders, reduced_size), without_effect)

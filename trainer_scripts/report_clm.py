@@ -7,18 +7,19 @@ from typing import Any
 
 from arguments import UserError, closest
 from run_records import (
-    COLOURS,
     MARKERS,
     MISSING,
     Group,
     Run,
+    curve_style,
     finish_curves,
     group_runs,
-    link,
     load_published,
     logged,
     millions,
     new_figure,
+    notes_on_missing,
+    seeds_cell,
     spread,
     table_head,
 )
@@ -56,12 +57,9 @@ def results_table(groups: list[Group], baseline: Group | None, parent: Path) -> 
     lines = table_head(header)
     notes = []
     for group in groups:
-        seeds = ", ".join(link(run, str(seed), parent) for seed, run in group.runs.items())
-        cells = [group.name, f"{len(group.runs)} ({seeds})", millions(group.size("parameters"))]
+        cells = [group.name, seeds_cell(group, parent), millions(group.size("parameters"))]
         cells += [spread(list(group.values(key).values())) for key in ("eval_perplexity", "test_perplexity")]
-        for key in ("parameters", "eval_perplexity", "test_perplexity"):
-            if absent := [run.name for seed, run in group.runs.items() if seed not in group.values(key)]:
-                notes.append(f"- The `metrics.json` of {', '.join(absent)} has no `{key}`.")
+        notes += notes_on_missing(group, ["parameters", "eval_perplexity", "test_perplexity"])
         if baseline:
             cells.append(gap(group, baseline, notes))
         lines.append(f"| {' | '.join(cells)} |")
@@ -76,7 +74,11 @@ def gap(group: Group, baseline: Group, notes: list[str]) -> str:
     if not values or not references or not all(map(math.isfinite, values + references)):
         notes.append(f"- {group.name} ({MISSING}): no gap, since a validation perplexity is missing or not finite.")
         return MISSING
-    return f"{100 * (statistics.fmean(values) / statistics.fmean(references) - 1):+.1f}"
+    return percent_above(statistics.fmean(values), statistics.fmean(references))
+
+
+def percent_above(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.1f}"
 
 
 def mean_curve(group: Group, notes: list[str]) -> list[tuple[float, float]]:
@@ -124,12 +126,13 @@ def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
     others = 0
     # The legend lists the curves from top to bottom as they end.
     for name in sorted(curves, key=lambda name: -curves[name][-1][1]):
-        style = {"color": BASELINE_COLOUR, "linestyle": "--", "marker": MARKERS[0]}
-        if baseline is None or name != baseline.name:
-            style = {"color": COLOURS[others % len(COLOURS)], "marker": MARKERS[1 + others % (len(MARKERS) - 1)]}
-            style["linestyle"] = ["-", ":", "-."][others // len(COLOURS) % 3]
+        style = curve_style(others)
+        if baseline is not None and name == baseline.name:
+            style |= {"color": BASELINE_COLOUR, "linestyle": "--", "marker": MARKERS[0]}
+        else:
+            style["marker"] = MARKERS[1 + others % (len(MARKERS) - 1)]
             others += 1
-        axes.plot(*zip(*curves[name]), label=name, linewidth=1.6, markersize=4.5, **style)
+        axes.plot(*zip(*curves[name]), label=name, **style)
 
     axes.set_yscale("log")
     axes.set_ylim(bottom * 0.97, top * 1.03)
@@ -155,7 +158,7 @@ def published_table(rows: list[dict[str, Any]]) -> str:
     }
     for row in rows:
         reference = transformers.get((row["source"], row["layers"], row["block"]))
-        difference = MISSING if reference is None else f"{100 * (row['perplexity'] / reference - 1):+.1f}"
+        difference = MISSING if reference is None else percent_above(row["perplexity"], reference)
         cells = [row["source"], row["model"], str(row["layers"]), str(row["block"]), millions(row["parameters"])]
         cells += [f"{row['perplexity']:.2f}", "baseline" if row["model"] == "transformer" else difference]
         lines.append(f"| {' | '.join(cells)} |")

@@ -17,13 +17,14 @@ from run_records import (
     Group,
     Run,
     group_runs,
-    link,
     load_published,
     millions,
     new_figure,
+    notes_on_missing,
     parse_json,
     read,
     save_figure,
+    seeds_cell,
     spread,
     table_head,
 )
@@ -76,8 +77,7 @@ def results_table(groups: list[Group], split: str, parent: Path) -> str:
     lines = table_head(header)
     notes = []
     for group in groups:
-        seeds = ", ".join(link(run, str(seed), parent) for seed, run in group.runs.items())
-        cells = [group.name, f"{len(group.runs)} ({seeds})"]
+        cells = [group.name, seeds_cell(group, parent)]
         cells += [millions(group.size(key)) for key in ("head_parameters", "parameters")]
         cells += [percent(list(group.values(f"{key}_accuracy").values())) for key in PREFIXES.values()]
         for label in classes:
@@ -86,10 +86,7 @@ def results_table(groups: list[Group], split: str, parent: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
         # Not `head_parameters`: a model without a backbone has no head.
         shown = ["parameters", "eval_accuracy", "test_accuracy", *(prefix + key for key in classes)]
-        for key in shown:
-            absent = [run.name for seed, run in group.runs.items() if seed not in group.values(key)]
-            if absent:
-                notes.append(f"- The `metrics.json` of {', '.join(absent)} has no `{key}`.")
+        notes += notes_on_missing(group, shown)
     return "\n".join(lines + (["", *notes] if notes else []))
 
 

@@ -101,6 +101,20 @@ class Group:
         return sizes.pop() if sizes else None
 
 
+def seeds_cell(group: Group, parent: Path) -> str:
+    """The number of a group's runs, with links to them from a document in the folder `parent`."""
+    return f"{len(group.runs)} ({', '.join(link(run, str(seed), parent) for seed, run in group.runs.items())})"
+
+
+def notes_on_missing(group: Group, keys: list[str]) -> list[str]:
+    """A note on each figure that `metrics.json` of some of the runs does not have."""
+    notes = []
+    for key in keys:
+        if absent := [run.name for seed, run in group.runs.items() if seed not in group.values(key)]:
+            notes.append(f"- The `metrics.json` of {', '.join(absent)} has no `{key}`.")
+    return notes
+
+
 def number(entry: dict[str, Any], key: str, source: str) -> float | int | None:
     """A number of a JSON object, None where it is missing or null; a message about another type names the `source`."""
     value = entry.get(key)
