@@ -21,7 +21,7 @@ from arguments import UserError, exits_on_user_error, parse
 from checkpoints import write_json
 from data_files import check_split
 from metrics import Perplexity
-from models import ModelArguments, load_config, load_model, load_tokenizer
+from models import ModelArguments, import_all, load_config, load_model, load_tokenizer
 from positions import beyond_positions, mean_by_distance, position_limit
 from records import environment
 from report_by_position import write_report
@@ -57,6 +57,10 @@ class PositionArguments:
     split: str = field(default="test", metadata={"help": "Split to evaluate.", "choices": ["validation", "test"]})
     tokens_per_batch: int = field(
         default=16384, metadata={"help": "Tokens that are read at once, in blocks that fit in, but at least in one."}
+    )
+    import_packages: list[str] | None = field(
+        default=None,
+        metadata={"help": "Installed packages to import first, as they add models to the Auto classes, such as fla."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings."})
 
@@ -193,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_train or training_args.push_to_hub:
         raise UserError("do_train and push_to_hub mean nothing here: saved models are evaluated")
     setup_logging(training_args)
+    import_all(args.import_packages)
     # Rather now than after the evaluation.
     new_figure()
     path = Path(training_args.output_dir) / "by_position.json"

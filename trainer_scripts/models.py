@@ -157,6 +157,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def import_all(packages: list[str] | None) -> None:
+    """Import the packages that add models to the Auto classes.
+
+    Raises:
+        UserError: if one cannot be imported.
+    """
+    for package in packages or []:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"import_packages: cannot import {package}: {error}") from error
+
+
 def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> PreTrainedConfig:
     """Configuration of the saved model, or of a new one with the size and special tokens of the tokenizer.
 
@@ -169,11 +182,7 @@ def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **fiel
         UserError: if it or a package it needs cannot be loaded, an override is unknown or impossible, or the
             vocabulary is too small.
     """
-    for package in args.import_packages or []:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(f"import_packages: cannot import {package}: {error}") from error
+    import_all(args.import_packages)
     try:
         if args.model_type:
             config, values = AutoConfig.for_model(args.model_type), {}
