@@ -55,7 +55,8 @@ from .plucker import NO_POSITION, asked_backend, triton_or_torch, unit, unit_tan
 
 
 try:
-    from .grassmann_memory_triton import memory_pairs_triton, why_not_triton
+    from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, why_not_triton
+    from .memory_states_triton import packed_columns, read_states, write_states
 except ImportError:
     memory_pairs_triton = None
 
@@ -357,6 +358,82 @@ def kernel_features(frames: torch.Tensor, kernel: str) -> torch.Tensor:
     coordinates = KERNELS[kernel].coordinates(frames[..., None])  # (..., C, 1)
     one = coordinates.new_ones(*coordinates.shape[:-2], 1, 1)
     return write(coordinates, one, square_tensors(KERNELS[kernel], frames)).squeeze(-1)
+
+
+class PackedPlaces(NamedTuple):
+    """
+    How features are found among all products of coordinates, `(W * W,)`, as the fused kernels order them.
+
+    Args:
+        places (`torch.LongTensor` of shape `(F,)`): that of each feature's product.
+        factors (`torch.Tensor` of shape `(F, 1)`): what the product is multiplied by.
+        overlap (`int`): see [`Products`].
+        relations (`torch.LongTensor` of shape `(6, Q)`): the products in each of the Plücker relations
+            `p_ij p_km - p_ik p_jm + p_im p_jk = 0`, in both orders; none for vectors.
+        relation_signs (`torch.Tensor` of shape `(6, Q, 1)`): theirs.
+    """
+
+    places: torch.Tensor
+    factors: torch.Tensor
+    overlap: int
+    relations: torch.Tensor
+    relation_signs: torch.Tensor
+
+
+@torch.compiler.assume_constant_result
+def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
+    """[`PackedPlaces`] of a kernel, made once."""
+    key = (name, size, device, dtype)
+    if key in _PRODUCT_TENSORS:
+        return _PRODUCT_TENSORS[key]
+    square = constant_product_tensors(KERNELS[name].square, size, device, dtype)
+    columns, signs = packed_columns(name, size)
+    width = coordinates_width(name, size)
+    relations, relation_signs = [], []
+    if KERNELS[name].num_vectors == 2:
+        index = {pair: i for i, pair in enumerate(combinations(range(size), 2))}
+        for i, j, k, m in combinations(range(size), 4):
+            terms = [(index[i, j], index[k, m], 1), (index[i, k], index[j, m], -1), (index[i, m], index[j, k], 1)]
+            both = [(a, b, sign) for a, b, sign in terms] + [(b, a, sign) for a, b, sign in terms]
+            relations.append([columns[a] * width + columns[b] for a, b, _ in both])
+            relation_signs.append([signs[a] * signs[b] * sign for a, b, sign in both])
+    with torch.inference_mode(False):
+        first, second = square.factors.data.chunk(2)
+        columns, signs = torch.tensor(columns, device=device), torch.tensor(signs, device=device, dtype=dtype)
+        places = columns[first] * width + columns[second]
+        factors = square.weight.data * (signs[first] * signs[second])[:, None]
+        relations = torch.tensor(relations, device=device, dtype=torch.long).reshape(-1, 6).T
+        relation_signs = torch.tensor(relation_signs, device=device, dtype=dtype).reshape(-1, 6).T[..., None]
+    _PRODUCT_TENSORS[key] = PackedPlaces(places, factors, square.overlap, relations, relation_signs)
+    return _PRODUCT_TENSORS[key]
+
+
+def pack_state(memory: torch.Tensor, name: str, size: int) -> torch.Tensor:
+    """
+    A state of features as the fused kernels have it: `(B, H, F, dv)` -> `(B, H, W, W, dv)`, the one that products of
+    coordinates could have written.
+    """
+    packed = packed_places(name, size, memory.device, memory.dtype)
+    features = add_overlap(memory.flatten(0, 1).clone(), packed.overlap, transposed=True) * packed.factors
+    width = coordinates_width(name, size)
+    state = features.new_zeros(features.shape[0], width * width, features.shape[2])
+    state = state.index_add(1, packed.places, features).unflatten(1, (width, width))
+    state = ((state + state.transpose(1, 2)) / 2).flatten(1, 2)  # (B * H, W * W, dv)
+    # Products of coordinates of planes are perpendicular to the relations.
+    terms = state.index_select(1, packed.relations.flatten()).unflatten(1, packed.relations.shape)  # (B * H, 6, Q, dv)
+    along = (terms * packed.relation_signs).mean(1, keepdim=True) * packed.relation_signs
+    state = state.index_add(1, packed.relations.flatten(), -along.flatten(1, 2))
+    return state.unflatten(1, (width, width)).unflatten(0, memory.shape[:2])
+
+
+def unpack_state(state: torch.Tensor, name: str, size: int) -> torch.Tensor:
+    """The features of a state of the fused kernels: `(B, H, W, W, dv)` -> `(B, H, F, dv)`."""
+    packed = packed_places(name, size, state.device, state.dtype)
+    shape = state.shape[:2]
+    # The gradient of a symmetric state is symmetric, too.
+    state = ((state + state.transpose(2, 3)) / 2).flatten(0, 1).flatten(1, 2)  # (B * H, W * W, dv)
+    features = state.index_select(1, packed.places) * packed.factors
+    return add_overlap(features, packed.overlap).unflatten(0, shape)
 
 
 class MemoryState(NamedTuple):
@@ -696,9 +773,13 @@ def grassmann_memory_chunked(
         pairs = memory_pairs_triton(*arguments, segments, name, chunk_size)
         if one_chunk:
             return pairs, None
-    square = square_tensors(kernel, query)
-    query, key = (split_chunks(frames, chunk_size).movedim(3, -1) for frames in (query, key))  # (B, H, N, m, r, c)
-    query, key = kernel.coordinates(query), kernel.coordinates(key)  # (B, H, N, C, c)
+    # States of squares have kernels of their own.
+    fused = backend == "triton" and kernel.square is not None
+    size, frames = query.shape[-1], (query, key)
+    if not fused:
+        square = square_tensors(kernel, query)
+        query, key = (split_chunks(x, chunk_size).movedim(3, -1) for x in frames)  # (B, H, N, m, r, c)
+        query, key = kernel.coordinates(query), kernel.coordinates(key)  # (B, H, N, C, c)
     values, log_decay, starts = (split_chunks(x, chunk_size) for x in (values, log_decay, starts[..., None]))
     segment = starts.flatten(2).cumsum(-1).view_as(starts)  # (B or 1, 1, N, c)
 
@@ -725,17 +806,27 @@ def grassmann_memory_chunked(
     state = None
     if end > 0 or first == 0:
         leaving = values[:, :, :end] * inside[:, :, :end, -1, :, None]
-        writes = write(key[:, :, :end], leaving, square)  # (B, H, N, F, dv)
+        if fused:
+            writes = write_states(frames[1][:, : end * chunk_size], leaving.to(dtype), name)  # (B, H, N, W, W, dv)
+        else:
+            writes = write(key[:, :, :end], leaving, square)  # (B, H, N, F, dv)
         totals, segments = total[:, :, :end, -1], segment[:, :, :end, -1]
         if initial_state is not None:
-            writes = torch.cat([initial_state.memory.to(writes.dtype)[:, :, None], writes], dim=2)
+            memory = initial_state.memory.to(writes.dtype)
+            memory = pack_state(memory, name, size) if fused else memory
+            writes = torch.cat([memory[:, :, None], writes], dim=2)
             totals, segments = F.pad(totals, (1, 0)), F.pad(segments, (1, 0))
         states = scan_states(totals, segments, writes.flatten(3)).unflatten(3, writes.shape[3:])
         if num_chunks > first:
-            reads = read(query[:, :, first:], states[:, :, : num_chunks - first], square)
+            entered = states[:, :, : num_chunks - first]
+            if fused:
+                reads = read_states(frames[0][:, first * chunk_size :], entered, name, chunk_size, dtype)
+            else:
+                reads = read(query[:, :, first:], entered, square)
             output = output + F.pad(reads * entering[:, :, first:, :, None], (0, 0, 0, 0, first, 0))
         if output_final_state:
-            state = MemoryState(states[:, :, -1] * rest[:, :, -1, -1, None, None].exp(), last)
+            memory = unpack_state(states[:, :, -1], name, size) if fused else states[:, :, -1]
+            state = MemoryState(memory * rest[:, :, -1, -1, None, None].exp(), last)
     output = (output * rest.exp()[..., None]).movedim(1, 3).flatten(1, 2)[:, :length]  # (B, T, H, dv)
     if backend == "triton":
         output = output + pairs

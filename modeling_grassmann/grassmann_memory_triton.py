@@ -627,6 +627,28 @@ def split_coordinates(size: int) -> tuple[int, int]:
     return (half, rest) if rest < half or half == 64 else (2 * half, 0)
 
 
+def coordinates_width(kernel: str, r: int) -> int:
+    """Coordinates of frames in R^r, filled up with zeros."""
+    return sum(split_coordinates(num_coordinates(kernel, r)))
+
+
+def coordinates_options(kernel: str, r: int, chunk_size: int) -> tuple[dict[str, int | str], int]:
+    """What [`coordinates_kernel`] is compiled for, and its blocks of tokens in a chunk."""
+    width = coordinates_width(kernel, r)
+    block_c = triton.next_power_of_2(width)
+    block = 4096 // block_c
+    sizes = {"r": r, "C": num_coordinates(kernel, r), "WIDTH": width, "BLOCK": block, "BLOCK_C": block_c}
+    return {"KIND": KERNELS[kernel][0], **sizes}, ceil_div(chunk_size, block)
+
+
+def coordinates_backward_options(kernel: str, r: int, chunk_size: int) -> tuple[dict[str, int | str], int]:
+    """What [`coordinates_backward_kernel`] is compiled for, and its blocks of tokens in a chunk."""
+    block_r = triton.next_power_of_2(r)
+    block = max(16, 2048 // block_r)
+    sizes = {"r": r, "WIDTH": coordinates_width(kernel, r), "BLOCK": block, "BLOCK_R": block_r}
+    return {"KIND": KERNELS[kernel][0], **sizes}, ceil_div(chunk_size, block)
+
+
 def coordinate_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
     """
     The type of coordinates that go with values in `dtype`: that one, but float16 for frames beside bfloat16. Theirs
@@ -656,7 +678,7 @@ def launch_options(width: int, backward: bool) -> dict[str, int]:
 def empty_intermediates(query, values, kernel, chunk_size):
     """Memory for coordinates of queries and keys, and for what [`decays_kernel`] gives."""
     num_sequences = values.shape[0] * count_chunks(values.shape[1], chunk_size) * values.shape[2]
-    width = sum(split_coordinates(num_coordinates(kernel, query.shape[-1])))
+    width = coordinates_width(kernel, query.shape[-1])
     dtype = coordinate_dtype(kernel, values.dtype)
     return (
         values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
@@ -700,16 +722,13 @@ def memory_pairs_op(
     query_coordinates, key_coordinates, decays = intermediates
     num_sequences, _, width = query_coordinates.shape
     num_chunks = count_chunks(length, chunk_size)
-    block_c = triton.next_power_of_2(width)
-    block = 4096 // block_c
-    blocks = ceil_div(chunk_size, block)
+    options, blocks = coordinates_options(kernel, r, chunk_size)
     for frames, coordinates in ((query, query_coordinates), (key, key_coordinates)):
         frames = unit_stride(frames)
         coordinates_kernel[(blocks * num_sequences,)](
             frames, segment, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
             *frames.stride()[:4], *strides,
-            KIND=KERNELS[kernel][0], SEGMENTS=segment is not None, r=r, C=num_coordinates(kernel, r), WIDTH=width,
-            BLOCK=block, BLOCK_C=block_c,
+            SEGMENTS=segment is not None, **options,
         )  # fmt: skip
     block = block_size(values.dtype)
     num_blocks = ceil_div(chunk_size, block)
@@ -775,16 +794,13 @@ def memory_pairs_backward_op(
         MIN_LOG_DECAY=MIN_LOG_DECAY, SEGMENTS=segment is not None, NUM_BLOCKS=options["NUM_BLOCKS"], BLOCK=block,
         num_warps=2,
     )  # fmt: skip
-    block_r = triton.next_power_of_2(r)
-    block = max(16, 2048 // block_r)
-    blocks = ceil_div(chunk_size, block)
+    options, blocks = coordinates_backward_options(kernel, r, chunk_size)
     for frames, grad_frames, of_coordinates in zip((query, key), grads, grad_coordinates):
         frames = unit_stride(frames)
         coordinates_backward_kernel[(blocks * num_sequences,)](
             frames, segment, of_coordinates, grad_frames, blocks, num_heads, num_chunks, chunk_size, length,
             *frames.stride()[:4], *strides,
-            KIND=KERNELS[kernel][0], SEGMENTS=segment is not None, r=r, WIDTH=query_coordinates.shape[2],
-            BLOCK=block, BLOCK_R=block_r,
+            SEGMENTS=segment is not None, **options,
         )  # fmt: skip
     return tuple(grads)
 
