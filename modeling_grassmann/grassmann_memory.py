@@ -55,7 +55,7 @@ from .plucker import NO_POSITION, asked_backend, triton_or_torch, unit, unit_tan
 
 
 try:
-    from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, why_not_triton
+    from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, prefix_sums_op, why_not_triton
     from .memory_states_triton import packed_columns, read_states, write_states
 except ImportError:
     memory_pairs_triton = None
@@ -65,9 +65,11 @@ except ImportError:
 MIN_LOG_DECAY = -100.0
 # Chunks whose states one product computes from what each of them writes.
 CHUNKS_PER_GROUP = 16
-# Tokens in a chunk of the fused kernels. On an H200, pairs of 4,096 tokens take twice the time of pairs of 256: blocks
-# that a head has forgotten are skipped.
-FUSED_CHUNK_SIZE = 4096
+# Tokens in a chunk of the fused kernels, and the longest row that is one chunk. On an H200, with planes in R^8, a step
+# over pairs of 256 tokens takes 16 ns a token and of 4,096 tokens 32 ns, as blocks that a head has forgotten are
+# skipped; states add 56 ns. With other planes it is twice as much or half as much of both.
+FUSED_CHUNK_SIZE = 2048
+LONGEST_FUSED_ROW = 8192
 # Features that exist at once: in float32, 16 MiB.
 MAX_FEATURES = 2**22
 
@@ -601,8 +603,7 @@ def decay_factors(
         - decays `D_ts` from each step `s` of a chunk to each step `t` of `steps`, `(B, H, N, c, c)`;
         - decays from the end of the previous chunk to each step, `(B, H, N, c)`.
     """
-    # Exported programs allow no arithmetic on the length of a single chunk.
-    total = log_decay.cumsum(-1) if log_decay.shape[2] == 1 else prefix_sums(log_decay)
+    total = prefix_sums(log_decay)
     later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
     unseen = later[steps] | (segment[..., steps, None] != segment[..., None, :])
     inside = (total[..., steps, None] - total[..., None, :]).masked_fill(unseen, -math.inf).exp()
@@ -652,15 +653,10 @@ def split_chunks(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
 
 
 def prefix_sums(x: torch.Tensor) -> torch.Tensor:
-    """
-    Sums up to each place of the last dimension, by blocks of 64. For a GPU, PyTorch 2.11 fails to compile the sums of
-    a few long rows that lie apart.
-    """
-    if x.shape[-1] == 64 or x.shape[-1] % 64:
-        return x.cumsum(-1)
-    inside = x.unflatten(-1, (-1, 64)).cumsum(-1)  # (..., n, 64)
-    before = F.pad(prefix_sums(inside[..., -1])[..., :-1], (1, 0))  # (..., n)
-    return (inside + before[..., None]).flatten(-2)
+    """Sums up to each place of the last dimension."""
+    if x.is_cuda and memory_pairs_triton is not None:
+        return prefix_sums_op(x)
+    return x.cumsum(-1)
 
 
 def choose_chunk_size(length: int, num_features: int, backend: str) -> int:
@@ -670,7 +666,7 @@ def choose_chunk_size(length: int, num_features: int, backend: str) -> int:
     and 200 tokens for planes in R^r with r = 4, 6 and 8.
     """
     if backend == "triton":
-        return min(length, FUSED_CHUNK_SIZE)
+        return length if length <= LONGEST_FUSED_ROW else FUSED_CHUNK_SIZE
     if length <= 96 + num_features // 3:
         return length
     return 64 if num_features < 200 else 128
@@ -764,7 +760,7 @@ def grassmann_memory_chunked(
         last = following_positions(last, length)[:, -1]
     else:
         real, starts, last = sequence_starts(positions.expand(values.shape[:2]), last)
-        number = starts.cumsum(1, dtype=torch.int32)
+        number = prefix_sums(starts.int())
         segments = torch.where(real, number, -1 - number)
         query, key, values = keep(real, query, key, values)
         (log_decay,) = keep(real & ~starts, log_decay)
@@ -781,7 +777,7 @@ def grassmann_memory_chunked(
         query, key = (split_chunks(x, chunk_size).movedim(3, -1) for x in frames)  # (B, H, N, m, r, c)
         query, key = kernel.coordinates(query), kernel.coordinates(key)  # (B, H, N, C, c)
     values, log_decay, starts = (split_chunks(x, chunk_size) for x in (values, log_decay, starts[..., None]))
-    segment = starts.flatten(2).cumsum(-1).view_as(starts)  # (B or 1, 1, N, c)
+    segment = prefix_sums(starts.flatten(2).int()).view_as(starts)  # (B or 1, 1, N, c)
 
     # D_ts = e^{L_t - L_s}, with sums L of log decays. Constants take the place of D, without gradients: decays for
     # rounded sums. What remains is e^{rest_t} e^{-rest_s} with the difference `rest` between L and these sums, next to
@@ -789,7 +785,7 @@ def grassmann_memory_chunked(
     steps = slice(None) if backend == "torch" else slice(-1, None)
     total, inside, entering = decay_factors(log_decay, segment, steps)
     rest = log_decay - F.pad(total, (1, 0)).diff(dim=-1)  # (B, H, N, c)
-    rest = rest.cumsum(-1) if rest.shape[2] == 1 else prefix_sums(rest.flatten(2)).view_as(rest)
+    rest = prefix_sums(rest.flatten(2)).view_as(rest) if rest.shape[2] > 1 else prefix_sums(rest)
     values = values * (-rest).exp()[..., None]  # (B, H, N, c, dv)
 
     output = torch.zeros_like(values)

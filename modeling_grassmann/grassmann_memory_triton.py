@@ -702,6 +702,32 @@ def pairs_options(query, values, segment, kernel, num_blocks):
     }  # fmt: skip
 
 
+@torch.library.custom_op(f"{NAMESPACE}::prefix_sums", mutates_args=())
+def prefix_sums_op(x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+    """
+    Sums up to each place of the last dimension, or from each place on. An operator of its own, as PyTorch 2.11 fails to
+    compile sums for a GPU together with what they are sums of, and long ones alone.
+    """
+    x = x.contiguous()
+    return x.flip(-1).cumsum(-1, dtype=x.dtype).flip(-1) if reverse else x.cumsum(-1, dtype=x.dtype)
+
+
+@prefix_sums_op.register_fake
+def _(x, reverse=False):
+    return x.new_empty(x.shape)
+
+
+def save_direction(ctx, inputs, output):
+    ctx.reverse = inputs[1]
+
+
+def prefix_sums_backward(ctx, grad):
+    return prefix_sums_op(grad, not ctx.reverse), None
+
+
+prefix_sums_op.register_autograd(prefix_sums_backward, setup_context=save_direction)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::memory_pairs", mutates_args=())
 def memory_pairs_op(
     query: torch.Tensor,
