@@ -705,8 +705,8 @@ def pairs_options(query, values, segment, kernel, num_blocks):
 @torch.library.custom_op(f"{NAMESPACE}::prefix_sums", mutates_args=())
 def prefix_sums_op(x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
     """
-    Sums up to each place of the last dimension, or from each place on. An operator of its own, as PyTorch 2.11 fails to
-    compile sums for a GPU together with what they are sums of, and long ones alone.
+    Sums up to each place of the last dimension, or from each place on. An operator of its own, as PyTorch 2.11 fails
+    to compile sums for a GPU together with what they are sums of, and long ones alone.
     """
     x = x.contiguous()
     return x.flip(-1).cumsum(-1, dtype=x.dtype).flip(-1) if reverse else x.cumsum(-1, dtype=x.dtype)

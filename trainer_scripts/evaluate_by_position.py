@@ -29,7 +29,7 @@ from run_clm import check_causality
 from run_records import new_figure
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_texts, tokenize
 from torch.nn import functional as F
-from training import make_trainer, setup_logging
+from training import make_trainer, place, setup_logging
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -163,6 +163,7 @@ def evaluate(
     # A state for further tokens would only take memory.
     model.config.use_cache = False
     limit = position_limit(model)
+    place(model, options)
     check_causality(model, min(limit or 8, 8))
     blocks = []
     for block_size in args.block_sizes:

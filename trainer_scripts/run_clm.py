@@ -27,6 +27,7 @@ from training import (
     checkpoint_to_resume,
     finish,
     make_trainer,
+    place,
     report,
     setup_logging,
     train,
@@ -114,9 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before the construction, so that the seed also decides the initial weights.
     set_seed(training_args.seed)
     model = load_model(model_args, AutoModelForCausalLM, config)
-    if not (training_args.fsdp or training_args.deepspeed):
-        # Where the Trainer will have it: some models compute on a GPU alone.
-        model.to(training_args.device)
+    place(model, training_args)
     check_causality(model, min(block_size, 8))
     use_cache = getattr(model.config, "use_cache", None)
     logger.info("%s with %.2fM parameters", type(model).__name__, model.num_parameters() / 1e6)

@@ -27,6 +27,7 @@ from training import (
     checkpoint_to_resume,
     finish,
     make_trainer,
+    place,
     report,
     setup_logging,
     train,
@@ -113,9 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before the construction, so that the seed also decides the initial weights.
     set_seed(training_args.seed)
     model = load_model(model_args, AutoModelForCausalLM, config)
-    if not (training_args.fsdp or training_args.deepspeed):
-        # Where the Trainer will have it: some models compute on a GPU alone.
-        model.to(training_args.device)
+    place(model, training_args)
     if reason := beyond_positions(data_args.length, position_limit(model)):
         raise UserError(f"length={data_args.length} is too long for {type(model).__name__}: {reason}")
     check_causality(model, min(data_args.length, 8))

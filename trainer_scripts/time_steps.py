@@ -4,9 +4,10 @@
     python trainer_scripts/time_steps.py configuration/wikitext2_memory/gla.yaml --modes graphs --output gla.json
 
 Each recipe is trained on random tokens with its own model, batches and optimizer, in each of the ways that its model
-allows: with `--cuda_graphs`, with `--torch_compile`, with both, or with neither. The time is that of `--steps` steps in a
-row, with all that the Trainer does between them, and the median of `--repeats` such rows. Records of trainings that
-shared a device do not say what a step takes; `report.py --step_times steps.json` draws their curves over this time.
+allows: with `--cuda_graphs`, with `--torch_compile`, with both, or with neither. The time is that of `--steps` steps
+in a row, with all that the Trainer does between them, and the median of `--repeats` such rows. Records of trainings
+that shared a device do not say what a step takes; `report.py --step_times steps.json` draws their curves over this
+time.
 """
 
 import argparse

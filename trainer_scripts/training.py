@@ -27,7 +27,7 @@ from models import find_folder
 from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,13 @@ def setup_logging(args: TrainingArguments) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def place(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Move a model to where the Trainer will have it, as some models compute on a GPU alone."""
+    # These place its shards themselves.
+    if not (args.fsdp or args.deepspeed):
+        model.to(args.device)
 
 
 def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
