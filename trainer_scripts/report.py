@@ -10,6 +10,9 @@ around. Each folder of a run holds `recipe.yaml`, `log.jsonl`, `metrics.json` an
 intervals `outcomes_test.json`. Runs of `run_clm.py` and of `run_nli.py` may come together: the picture of the
 classifiers then ends in `_accuracy.png`.
 
+Cells of `run_matrix.py` of several depths or block sizes come each with a table of its own, if `--baseline` names a
+model without them, as in `report.py runs/published/wikitext2_* --baseline wikitext2_transformer`.
+
 Runs whose names differ only in a trailing `_seed<N>` are one model or group: tables hold their mean and standard
 deviation, and curves are means. Every figure is read from the files; one that is not there shows as a dash.
 `--compare A:B` gives the difference A - B of the mean accuracies, with a paired interval over the items of the split.
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ReportParser(__doc__)
     parser.add_argument("--baseline", help="Name of the language model that the others are compared with.")
     parser.add_argument("--published_perplexities", type=Path, help="JSON file of published perplexities.")
+    parser.add_argument("--step_times", type=Path, help="JSON file of `time_steps.py`, whose recipes name the models.")
     parser.add_argument("--compare", nargs="+", default=[], metavar="A:B", help="Groups of classifiers, A minus B.")
     parser.add_argument("--published_accuracies", type=Path, help="JSON file of published accuracies.")
     parser.add_argument(
@@ -61,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     parent, sections = document.parent, [f"# Results: {args.output.name}"]
     if models:
         sections += ["## Language models"] * bool(classifiers)
-        sections += report_clm.sections(models, args.baseline, args.published_perplexities, parent, picture)
+        sections += report_clm.sections(
+            models, args.baseline, args.published_perplexities, args.step_times, parent, picture
+        )
         picture = picture.with_name(f"{args.output.name}_accuracy.png")
     if classifiers:
         sections += ["## Classifiers"] * bool(models)

@@ -1,6 +1,7 @@
 """Table and picture of language models, from the files that runs of `run_clm.py` leave behind: see `report.py`."""
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,39 @@ def find_baseline(groups: dict[str, Group], name: str | None) -> Group | None:
     return groups.get(name)
 
 
-def results_table(groups: list[Group], baseline: Group | None, parent: Path) -> str:
+def load_step_times(path: Path) -> dict[str, dict[str, Any]]:
+    """What `time_steps.py` measured, by recipe: the fastest of the ways to run its step.
+
+    Raises:
+        UserError: if the file cannot be read or a row is not of this kind.
+    """
+    rows = load_published(path, ("recipe", "mode"), ("tokens_per_step", "seconds_per_step"), complete=False)
+    rows = [row for row in rows if row.get("seconds_per_step") and row.get("tokens_per_step")]
+    rows.sort(key=lambda row: -row["seconds_per_step"])
+    return {row["recipe"]: row for row in rows}
+
+
+def speed(group: Group, step_times: dict[str, dict[str, Any]]) -> str:
+    """Tokens a second of a training that has its device to itself."""
+    row = step_times.get(group.name)
+    return MISSING if row is None else f"{row['tokens_per_step'] / row['seconds_per_step']:,.0f}"
+
+
+def results_table(
+    groups: list[Group], baseline: Group | None, parent: Path, step_times: dict[str, dict[str, Any]] | None = None
+) -> str:
     """Markdown table of the models, in the order given, and a note on every figure that is missing.
 
     Args:
         baseline: the model whose validation perplexity the others are compared with, in percent. None: no such column.
         parent: folder of the document, from which the runs are linked.
+        step_times: see [`load_step_times`]. None: no such column.
     """
     header = ["model", "seeds", "parameters (M)", "validation perplexity", "test perplexity"]
     if baseline:
         header.append(f"validation gap to {baseline.name} (%)")
+    if step_times is not None:
+        header.append("training, alone (tokens/s)")
     lines = table_head(header)
     notes = []
     for group in groups:
@@ -62,6 +86,8 @@ def results_table(groups: list[Group], baseline: Group | None, parent: Path) -> 
         notes += notes_on_missing(group, ["parameters", "eval_perplexity", "test_perplexity"])
         if baseline:
             cells.append(gap(group, baseline, notes))
+        if step_times is not None:
+            cells.append(speed(group, step_times))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines + (["", *notes] if notes else []))
 
@@ -81,6 +107,22 @@ def percent_above(value: float, reference: float) -> str:
     return f"{100 * (value / reference - 1):+.1f}"
 
 
+def gaps_over_training(groups: list[Group], baseline: Group) -> str:
+    """Text and Markdown table of the gaps after each epoch after which all of the models were evaluated; or nothing."""
+    curves = {group.name: dict(mean_curve(group, [])) for group in [baseline, *groups]}
+    others = [group.name for group in groups if group is not baseline and curves[group.name]]
+    shared = [epoch for epoch in curves[baseline.name] if all(epoch in curves[name] for name in others)]
+    if not others or not shared:
+        return ""
+    lines = table_head(["epoch", baseline.name, *others])
+    for epoch in shared:
+        reference = curves[baseline.name][epoch]
+        gaps = [percent_above(curves[name][epoch], reference) for name in others]
+        lines.append(f"| {epoch:g} | {' | '.join([f'{reference:.2f}', *gaps])} |")
+    text = f"Validation perplexity of {baseline.name} after each epoch, and the gaps of the others to it in percent:"
+    return "\n".join([text, "", *lines])
+
+
 def mean_curve(group: Group, notes: list[str]) -> list[tuple[float, float]]:
     """(epoch, mean validation perplexity over the seeds) where all runs of a model have a finite one."""
     by_epoch = {}
@@ -97,8 +139,19 @@ def mean_curve(group: Group, notes: list[str]) -> list[tuple[float, float]]:
     return [(epoch, statistics.fmean(values)) for epoch, values in sorted(shared.items())]
 
 
-def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
-    """Draw validation perplexity against epoch, one curve a model, as a PNG.
+def minutes(group: Group, curve: list[tuple[float, float]], step_times: dict[str, dict[str, Any]]):
+    """A curve over minutes of training steps on a device of its own in place of epochs; empty if they are unknown."""
+    row = step_times.get(group.name)
+    steps = {epoch: step for run in group.runs.values() for epoch, step in logged(run, "step")}
+    if row is None:
+        return []
+    return [(steps[epoch] * row["seconds_per_step"] / 60, value) for epoch, value in curve if epoch in steps]
+
+
+def plot(
+    groups: list[Group], baseline: Group | None, path: Path, step_times: dict[str, dict[str, Any]] | None = None
+) -> list[str]:
+    """Draw validation perplexity against epoch, or minutes if `step_times` are given, one curve a model, as a PNG.
 
     Returns:
         notes on what the picture leaves out.
@@ -111,6 +164,8 @@ def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
 
     notes = []
     curves = {group.name: mean_curve(group, notes) for group in groups}
+    if step_times is not None:
+        curves = {group.name: minutes(group, curves[group.name], step_times) for group in groups}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         raise UserError("there is nothing to plot: no log.jsonl has a finite eval_perplexity")
@@ -141,7 +196,8 @@ def plot(groups: list[Group], baseline: Group | None, path: Path) -> list[str]:
         LogLocator(subs=(1, 2, 5)) if top > 10 * bottom else MaxNLocator(12, steps=[1, 2, 5, 10])
     )
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=max(curve[-1][0] for curve in curves.values()) >= 2))
-    axes.set_xlabel("epoch (passes over the training data)", fontsize=12)
+    label = "epoch (passes over the training data)" if step_times is None else "minutes of training steps"
+    axes.set_xlabel(label, fontsize=12)
     axes.set_ylabel("validation perplexity per token (log scale)", fontsize=12)
     finish_curves(figure, axes, path)
     return notes
@@ -165,33 +221,82 @@ def published_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sections(runs: list[Run], baseline: str | None, published: Path | None, parent: Path, picture: Path) -> list[str]:
+def settings(groups: list[Group]) -> dict[str, list[Group]]:
+    """The groups by what `run_matrix.py` appends to the names of cells: `_6l_L128`, or nothing."""
+    by_suffix = {}
+    for group in groups:
+        by_suffix.setdefault(re.search(r"((_\d+l)?(_L\d+)?)$", group.name).group(1), []).append(group)
+    return by_suffix
+
+
+def sections(
+    runs: list[Run],
+    baseline: str | None,
+    published: Path | None,
+    times: Path | None,
+    parent: Path,
+    picture: Path,
+) -> list[str]:
     """
-    The parts of a document about language models; draws its picture.
+    The parts of a document about language models; draws its pictures.
 
     Args:
-        runs: the runs.
-        baseline: name of the model that the others are compared with.
+        runs: the runs. Cells of `run_matrix.py` of several depths or block sizes have a part for each of these.
+        baseline: name of the model that the others are compared with; for cells, without depth and block size.
         published: JSON file of published perplexities.
+        times: JSON file of `time_steps.py`.
         parent: folder of the document.
         picture: file to draw.
 
     Raises:
-        UserError: if the runs, the baseline or the file are not what they must be.
+        UserError: if the runs, the baseline or a file are not what they must be.
     """
     by_name = group_runs(runs)
-    groups = list(by_name.values())
-    reference = find_baseline(by_name, baseline)
-    table = results_table(groups, reference, parent)
+    step_times = load_step_times(times) if times else None
     rows = load_published(published, ("source", "model"), PUBLISHED) if published else []
-    notes = plot(groups, reference, picture)
+    by_suffix = settings(list(by_name.values()))
+    parts = []
+    if len(by_suffix) == 1 or baseline in by_name or not baseline:
+        reference = find_baseline(by_name, baseline)
+        parts += setting(list(by_name.values()), reference, step_times, bool(rows), parent, picture)
+    else:
+        for suffix, groups in by_suffix.items():
+            reference = find_baseline({group.name: group for group in groups}, f"{baseline}{suffix}")
+            own = picture.with_name(f"{picture.stem}{suffix}.png")
+            parts.append(f"## {suffix.strip('_').replace('_', ', ').replace('l, L', ' layers, blocks of ')}")
+            parts += setting(groups, reference, step_times, bool(rows), parent, own)
     return [
-        table,
+        *parts,
         "Perplexities are means over the seeds ± sample standard deviations; a single run has none."
-        if any(len(group.runs) > 1 for group in groups)
+        if any(len(group.runs) > 1 for group in by_name.values())
         else "",
-        f"![Validation perplexity against epoch, one curve a model]({picture.name})",
-        "\n".join(notes),
+        f"Times of training steps are those in `{times.name}`, of `time_steps.py`: with nothing else on the device."
+        if times
+        else "",
         published_table(rows) if rows else "",
         "Tables are from the `metrics.json` of each run, curves from its `log.jsonl`.",
     ]
+
+
+def setting(
+    groups: list[Group],
+    baseline: Group | None,
+    step_times: dict[str, dict[str, Any]] | None,
+    over_training: bool,
+    parent: Path,
+    picture: Path,
+) -> list[str]:
+    """The parts on models that are compared with each other; `over_training` asks for the gaps after each epoch."""
+    notes = plot(groups, baseline, picture)
+    parts = [
+        results_table(groups, baseline, parent, step_times),
+        f"![Validation perplexity against epoch, one curve a model]({picture.name})",
+        "\n".join(notes),
+    ]
+    if step_times is not None and any(group.name in step_times for group in groups):
+        by_time = picture.with_name(f"{picture.stem}_time.png")
+        plot(groups, baseline, by_time, step_times)
+        parts.append(f"![Validation perplexity against the time of training steps, one curve a model]({by_time.name})")
+    if over_training and baseline:
+        parts.append(gaps_over_training(groups, baseline))
+    return parts

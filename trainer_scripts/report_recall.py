@@ -2,27 +2,31 @@
 
     python trainer_scripts/report_recall.py model_cards/recall_* --output docs/recall
 
-writes `docs/recall.md` and `docs/recall.png`. Every figure is read from the `recall.json` of each run.
+writes `docs/recall.md` and `docs/recall.png`. Every figure is read from the `recall.json` of each run. Runs whose names
+differ only in a trailing `_seed<N>` are one model, whose figures are those of all their answers.
 """
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from arguments import UserError, exits_on_user_error
 from run_records import (
     MISSING,
+    Group,
     ReportParser,
     Run,
     check_names,
     curve_style,
-    link,
+    group_runs,
     load_run,
     new_figure,
     output_paths,
     parse_json,
     read,
     save_figure,
+    seeds_cell,
     table_head,
     write_document,
 )
@@ -66,32 +70,32 @@ def accuracies(record: dict[str, Any], key: str) -> dict[int, float]:
     return {place: correct[place] / answers[place] for place in sorted(correct)}
 
 
-def results_table(runs: list[Run], records: list[dict[str, Any]], parent: Path) -> str:
-    """Markdown table of accuracy in percent, one row a run, one column a length and number of pairs."""
+def results_table(groups: list[Group], records: list[dict[str, Any]], parent: Path) -> str:
+    """Markdown table of accuracy in percent, one row a model, one column a length and number of pairs."""
     sizes = sorted({(cell["length"], cell["num_pairs"]) for record in records for cell in record["cells"]})
-    header = ["run", "parameters", *(f"{pairs} pairs in {length:,}" for length, pairs in sizes)]
+    header = ["model", "seeds", "parameters", *(f"{pairs} pairs in {length:,}" for length, pairs in sizes)]
     lines = table_head(header)
     notes = []
-    for run, record in zip(runs, records):
-        cells = {(cell["length"], cell["num_pairs"]): cell for cell in record["cells"]}
-        parameters = run.number("parameters")
-        row = [MISSING if parameters is None else f"{parameters:,}"]
-        for size in sizes:
-            cell = cells.get(size, {})
-            row.append(f"{100 * cell['accuracy']:.1f}" if "accuracy" in cell else MISSING)
+    for group, record in zip(groups, records):
+        parameters = group.size("parameters")
+        row = [group.name, seeds_cell(group, parent), MISSING if parameters is None else f"{parameters:,}"]
+        for length, num_pairs in sizes:
+            cells = [cell for cell in record["cells"] if (cell["length"], cell["num_pairs"]) == (length, num_pairs)]
+            values = [cell["accuracy"] for cell in cells if "accuracy" in cell]
+            row.append(f"{100 * statistics.fmean(values):.1f}" if values else MISSING)
         reasons = {(cell["length"], cell["refused"]) for cell in record["cells"] if "refused" in cell}
-        notes += [f"- {run.name}, {length:,} tokens: {reason}." for length, reason in sorted(reasons)]
-        lines.append(f"| {link(run, run.name, parent)} | {' | '.join(row)} |")
+        notes += [f"- {group.name}, {length:,} tokens: {reason}." for length, reason in sorted(reasons)]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines + (["", *notes] if notes else []))
 
 
-def plot(runs: list[Run], records: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy against the number of pairs and against distance, one curve a run, as a PNG.
+def plot(groups: list[Group], records: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy against the number of pairs and against distance, one curve a model, as a PNG.
 
     Raises:
         UserError: if matplotlib is missing or the file cannot be written.
     """
-    figure = new_figure(figsize=(10, 4.2 + 0.23 * math.ceil(len(runs) / 2)), layout="constrained")
+    figure = new_figure(figsize=(10, 4.2 + 0.23 * math.ceil(len(groups) / 2)), layout="constrained")
     from matplotlib.ticker import StrMethodFormatter
 
     trained = records[0]["trained"]
@@ -101,10 +105,10 @@ def plot(runs: list[Run], records: list[dict[str, Any]], path: Path) -> None:
         ("distance", f"{'tokens of the gap' if copying else 'distance'}, from here to twice as much", None),
     ]
     for axes, (key, label, most) in zip(figure.subplots(1, 2, sharey=True), panels):
-        for index, (run, record) in enumerate(zip(runs, records)):
+        for index, (group, record) in enumerate(zip(groups, records)):
             curve = accuracies(record, key)
             # One legend for both panels.
-            name = run.name if key == "num_pairs" else None
+            name = group.name if key == "num_pairs" else None
             axes.plot(curve.keys(), curve.values(), label=name, **curve_style(index))
         axes.axvline(most or trained["length"], color="0.5", linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -133,9 +137,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(
                     f"{runs[0].name} and {run.name} cannot be compared: {key} is {records[0][key]} and {record[key]}"
                 )
-    table = results_table(runs, records, args.output.parent)
+    by_run = dict(zip((run.name for run in runs), records))
+    groups = list(group_runs(runs).values())
+    pooled = [
+        {**records[0], "cells": [cell for run in group.runs.values() for cell in by_run[run.name]["cells"]]}
+        for group in groups
+    ]
+    table = results_table(groups, pooled, args.output.parent)
     document, picture = output_paths(args.output)
-    plot(runs, records, picture)
+    plot(groups, pooled, picture)
     task, trained = records[0]["task"], records[0]["trained"]
     pairs = ", ".join(map(str, trained["num_pairs"]))
     sections = [
@@ -144,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         f" with {pairs} pairs in {trained['length']:,} tokens; guessing among all possible answers gives"
         f" {100 * records[0]['chance']:.1f}.",
         table,
-        f"![Accuracy against number of pairs and against distance, one curve a run]({picture.name})",
+        f"![Accuracy against number of pairs and against distance, one curve a model]({picture.name})",
         "Dashed: the most pairs, and the length, of the training. The curves over distances are of all lengths,"
         " with the numbers of pairs of the training.",
         "Written by `trainer_scripts/report_recall.py` from the `recall.json` of each run.",
