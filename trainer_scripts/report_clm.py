@@ -15,6 +15,7 @@ from run_records import (
     curve_style,
     finish_curves,
     group_runs,
+    legend_columns,
     load_published,
     logged,
     millions,
@@ -108,7 +109,7 @@ def percent_above(value: float, reference: float) -> str:
 
 
 def gaps_over_training(groups: list[Group], baseline: Group) -> str:
-    """Text and Markdown table of the gaps after each epoch after which all of the models were evaluated; or nothing."""
+    """Text and Markdown table of the gaps after each epoch after which all of the models were evaluated."""
     curves = {group.name: dict(mean_curve(group, [])) for group in [baseline, *groups]}
     others = [group.name for group in groups if group is not baseline and curves[group.name]]
     shared = [epoch for epoch in curves[baseline.name] if all(epoch in curves[name] for name in others)]
@@ -176,7 +177,7 @@ def plot(
     if max(values) > top:
         notes.append(f"- Evaluations above a perplexity of {top:.0f} lie outside the plot.")
 
-    figure.set_size_inches(8, 4.6 + 0.23 * math.ceil(len(curves) / 2))
+    figure.set_size_inches(8, 4.6 + 0.23 * math.ceil(len(curves) / legend_columns(list(curves))))
     axes = figure.add_subplot()
     others = 0
     # The legend lists the curves from top to bottom as they end.
@@ -195,9 +196,12 @@ def plot(
     axes.yaxis.set_major_locator(
         LogLocator(subs=(1, 2, 5)) if top > 10 * bottom else MaxNLocator(12, steps=[1, 2, 5, 10])
     )
-    axes.xaxis.set_major_locator(MaxNLocator(16, integer=max(curve[-1][0] for curve in curves.values()) >= 2))
-    label = "epoch (passes over the training data)" if step_times is None else "minutes of training steps"
-    axes.set_xlabel(label, fontsize=12)
+    if step_times is None:
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=max(curve[-1][0] for curve in curves.values()) >= 2))
+        axes.set_xlabel("epoch (passes over the training data)", fontsize=12)
+    else:
+        axes.set_xlim(left=0)
+        axes.set_xlabel("minutes of training steps", fontsize=12)
     axes.set_ylabel("validation perplexity per token (log scale)", fontsize=12)
     finish_curves(figure, axes, path)
     return notes

@@ -2,8 +2,8 @@
 
     python trainer_scripts/report_recall.py model_cards/recall_* --output docs/recall
 
-writes `docs/recall.md` and `docs/recall.png`. Every figure is read from the `recall.json` of each run. Runs whose names
-differ only in a trailing `_seed<N>` are one model, whose figures are those of all their answers.
+writes `docs/recall.md` and `docs/recall.png`. Every figure is read from the `recall.json` of each run. Runs whose
+names differ only in a trailing `_seed<N>` are one model, whose figures are those of all their answers.
 """
 
 import math

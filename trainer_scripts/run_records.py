@@ -262,6 +262,11 @@ def new_figure(**kwargs: Any) -> "Figure":
     return Figure(**kwargs)
 
 
+def legend_columns(labels: list[str]) -> int:
+    """In how many columns a legend with these labels fits above a picture."""
+    return 2 if max(map(len, labels)) <= 34 else 1
+
+
 def finish_curves(figure: "Figure", axes: "Axes", path: Path) -> None:
     """Finish a picture of curves that have labels, with perplexities from bottom to top, and write it.
 
@@ -276,8 +281,9 @@ def finish_curves(figure: "Figure", axes: "Axes", path: Path) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    columns = legend_columns([line.get_label() for line in axes.lines])
     # Outside of the axes, where it covers no curve.
-    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
+    figure.legend(loc="outside upper left", ncols=columns, fontsize=11, frameon=False)
     save_figure(figure, path)
 
 
