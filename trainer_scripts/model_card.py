@@ -103,7 +103,8 @@ class Record:
     def task(self) -> str:
         """The Hub's name for what the model does."""
         names = str(self.saved_config.get("architectures"))
-        if self.recipe.get("task") in GENERATED or "block_size" in self.run.metrics or "CausalLM" in names or "LMHead" in names:
+        generated = self.recipe.get("task") in GENERATED
+        if generated or "block_size" in self.run.metrics or "CausalLM" in names or "LMHead" in names:
             return "text-generation"
         if "max_length" in self.run.metrics or "SequenceClassification" in names:
             return "text-classification"

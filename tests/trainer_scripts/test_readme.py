@@ -7,18 +7,21 @@ import heads
 import mixer
 import processes
 import pytest
+import report_by_position
+import report_recall
 from conftest import REPOSITORY
-from report_clm import find_baseline, results_table
+from report_clm import find_baseline, load_step_times, results_table
 from report_nli import compare, comparison_table
 from report_nli import results_table as classifier_table
 from run_records import group_runs, load_run
 
 
+STEP_TIMES = REPOSITORY / "benchmarks" / "results" / "training_steps_h200.json"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = ["gpt2_6l", "gpt_neox_6l", "stablelm_6l", "grassmann_6l_pre", "grassmann_6l_post"]
 RESULTS += ["grassmann_6l_pre_all_offsets"]
-WITH_MEMORY = ["gpt_neox", "stablelm", "llama_dropout", "gla", "inner_r16", "inner_squared_r16", "inner_squared_r24"]
-WITH_MEMORY += ["inner_squared_r32", "memory_r8", "memory_r16"]
+WITH_MEMORY = ["gpt_neox", "stablelm", "llama_dropout", "gla", "mamba2", "inner_r16", "inner_squared_r16"]
+WITH_MEMORY += ["inner_squared_r24", "inner_squared_r32", "projection_r8", "memory_r8", "memory_r16"]
 DISTILBERT = ["grassmann", "transformer", "linear", "grassmann_frozen", "transformer_frozen", "linear_frozen"]
 DISTILBERT += ["grassmann_tuned_frozen", "grassmann_without_features_frozen"]
 CLASSIFIERS = [f"snli_distilbert_{name}" for name in DISTILBERT]
@@ -113,18 +116,40 @@ def test_the_results_of_models_with_a_memory_are_those_of_the_recorded_runs():
     assert language_models(folders, "gpt_neox", ".") in README
 
 
-PAGES = {
-    "wikitext2_memory": "gpt_neox",
-    "wikitext2_memory_12l": "llama_dropout_12l",
-    "wikitext2_memory_tuning": None,
-}
+PAGES = [
+    ("wikitext2_memory", "*", "gpt_neox"),
+    ("wikitext2_memory_12l", "*", "llama_dropout_12l"),
+    ("wikitext2_memory_tuning", "*", None),
+    ("wikitext2_factors", "*_6l_L128", "wikitext2_transformer_6l_L128"),
+    ("wikitext2_factors", "*_12l_L256", "wikitext2_transformer_12l_L256"),
+    ("wikitext2_factors_6l_L256", "*_6l_L256", "wikitext2_transformer_stronger_6l_L256"),
+    ("wikitext2_gpt2_vocabulary", "*", "wikitext2_gpt2_vocabulary_transformer_6l_L256"),
+]
 
 
-@pytest.mark.parametrize(("name", "baseline"), PAGES.items())
-def test_pages_of_runs_hold_the_recorded_results(name, baseline):
-    folders = sorted((REPOSITORY / "model_cards" / name).glob("*_seed?"))
-    table = language_models(folders, baseline, "docs")
+@pytest.mark.parametrize(("name", "models", "baseline"), PAGES)
+def test_pages_of_runs_hold_the_recorded_results(name, models, baseline):
+    records = REPOSITORY / "model_cards" / name.removesuffix("_6l_L256")
+    groups = group_runs([load_run(folder) for folder in sorted(records.glob(f"{models}_seed?"))])
+    times = load_step_times(STEP_TIMES) if name == "wikitext2_memory" else None
+    table = results_table(list(groups.values()), find_baseline(groups, baseline), REPOSITORY / "docs", times)
     assert table in (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", ["values", "copying"])
+def test_pages_of_recall_hold_the_recorded_results(task, tmp_path):
+    records = sorted((REPOSITORY / "model_cards" / f"recall_{task}").glob("*_seed?"))
+    report_recall.main([*map(str, records), "--output", str(tmp_path / f"recall_{task}")])
+    found = (tmp_path / f"recall_{task}.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / f"recall_{task}.md").read_text(encoding="utf-8")
+    assert re.sub(r"\]\([^)]*/model_cards", "](../model_cards", found) == page
+
+
+def test_the_page_about_length_holds_the_recorded_results(tmp_path):
+    records = sorted((REPOSITORY / "model_cards" / "wikitext2_memory_length").glob("*/by_position.json"))
+    report_by_position.main([*map(str, records), "--output", str(tmp_path / "wikitext2_memory_length")])
+    page = (REPOSITORY / "docs" / "wikitext2_memory_length.md").read_text(encoding="utf-8")
+    assert (tmp_path / "wikitext2_memory_length.md").read_text(encoding="utf-8") == page
 
 
 def test_the_search_quotes_the_recorded_results():
@@ -133,13 +158,25 @@ def test_the_search_quotes_the_recorded_results():
     pages = [(REPOSITORY / "docs" / f"wikitext2_memory{suffix}.md").read_text() for suffix in ("", "_12l")]
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[3:5] for page in pages for line in page.splitlines()}
     quoted = re.findall(r"^\| (?:\*\*)?(\w+)[:* ].*? \| ([\d.± ]+) \| ([\d.± ]+) \|", text, flags=re.MULTILINE)
-    assert len(quoted) == 11
+    assert len(quoted) == 13
     for name, *figures in quoted:
         assert figures == rows[name], name
     deep = re.search(r"12 layers, 17.3.*?\n\n", text, flags=re.DOTALL).group(0)
-    for name in ("memory_r8", "memory_r16", "llama_dropout"):
-        validation, test = re.search(rf"{name} ([\d.]+)\s\((?:test )?([\d.]+)\)", deep).groups()
+    figure = r"([\d.]+(?: ± [\d.]+)?)"
+    for name in ("memory_r8", "memory_r16", "llama_dropout", "gpt_neox", "gla"):
+        validation, test = re.search(rf"{name} {figure}\s\((?:test )?{figure}\)", deep).groups()
         assert [validation, test] == [cell.strip(" |") for cell in rows[f"{name}_12l"]], name
+
+
+def test_the_page_about_published_gaps_quotes_the_recorded_results():
+    text = (REPOSITORY / "docs" / "published.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    page = (REPOSITORY / "docs" / "wikitext2_factors.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    recorded = {cells[0]: [cells[3], cells[5]] for cells in lines if len(cells) == 6}
+    assert len(rows) == 16
+    for name, *figures in rows:
+        assert figures == recorded[name], name
 
 
 def test_the_results_of_classifiers_are_those_of_the_recorded_runs():
