@@ -404,3 +404,14 @@ def test_an_exported_program_holds_the_operator():
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert any(getattr(call, "namespace", "aten") != "aten" for call in calls)
     assert torch.equal(program.module()(*inputs), Pairs()(*inputs))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_prefix_sums_are_the_plain_ones(reverse):
+    """Of rows that lie apart in memory, too, with their gradient, and of integers."""
+    x = torch.randn(5, 3, 7, dtype=torch.float64, device=DEVICE).movedim(0, -1).requires_grad_()
+    expected = x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
+    torch.testing.assert_close(kernels.prefix_sums_op(x, reverse), expected)
+    assert torch.autograd.gradcheck(lambda x: kernels.prefix_sums_op(x, reverse), x)
+    opcheck(kernels.prefix_sums_op, (x, reverse))
+    assert kernels.prefix_sums_op(torch.ones(3, dtype=torch.int32, device=DEVICE), reverse).dtype == torch.int32

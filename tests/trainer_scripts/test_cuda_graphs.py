@@ -25,12 +25,12 @@ def losses(folder) -> list[float]:
 def test_replayed_steps_train_as_eager_ones_do(model, compiled, tiny_run, tmp_path):
     """Over three epochs, whose last batches have another shape, with an evaluation after each.
 
-    By plain descent, as Adam turns rounding into whole steps where a gradient is near zero.
+    At a small learning rate: planes of tiny models are steep, and from step to step differences by rounding would grow.
     """
     arguments = [argument for argument in tiny_run if argument != "--use_cpu" and "config_overrides" not in argument]
     arguments += [NO_DROPOUT % MODELS[model], "--do_train", "--do_eval", "--eval_strategy=epoch", "--logging_steps=1"]
-    arguments += ["--num_train_epochs=3", "--save_strategy=no", "--report_to=none", "--learning_rate=0.1"]
-    arguments += ["--optim=sgd", f"--torch_compile={compiled}"]
+    arguments += ["--num_train_epochs=3", "--save_strategy=no", "--report_to=none", "--learning_rate=1e-4"]
+    arguments += [f"--torch_compile={compiled}"]
     run_clm.main([*arguments, f"--output_dir={tmp_path / 'eager'}"])
     run_clm.main([*arguments, f"--output_dir={tmp_path / 'graphs'}", "--cuda_graphs"])
     expected, actual = (losses(tmp_path / name) for name in ("eager", "graphs"))

@@ -18,4 +18,4 @@ def test_the_scan_of_kernels_is_that_of_plain_products():
         output = forward(layer, x)[0]
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
     for expected, actual in zip(*results):
-        assert (actual - expected).norm() < 1e-4 * expected.norm()
+        assert (actual - expected).norm() < 1e-3 * expected.norm()

@@ -1,6 +1,7 @@
 import base64
 import json
 import math
+import re
 import sys
 from html.parser import HTMLParser
 
@@ -165,6 +166,59 @@ def test_published_perplexities_have_the_gaps_of_their_sources(tmp_path, runs):
     assert "| arXiv 2512.19428 | grassmann | 6 | 128 | 13.00 | 275.70 | +11.0 |" in text
     assert "| alphaXiv reproduction | grassmann | 6 | 128 | 12.61 | 253.76 | +39.7 |" in text
     assert text.count("| baseline |") == 7
+
+
+def test_gaps_after_each_epoch_stand_beside_published_ones(tmp_path, runs):
+    published = str(REPOSITORY / "configuration" / "published_wikitext2.json")
+    text = make_report(tmp_path, *runs, "--baseline", "base", "--published_perplexities", published)
+    rows = re.findall(r"^\| (\d+) \| (\d+\.\d+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    assert rows == [("1", "900.00", "+0.0"), ("2", "200.00", "-45.0"), ("3", "100.00", "+20.0")]
+    # Only then: without published figures, the tables stay short.
+    assert "after each epoch, and" not in make_report(tmp_path, *runs, "--baseline", "base")
+
+
+def test_step_times_are_a_column_and_an_axis(tmp_path, runs, figures):
+    rows = [
+        {"recipe": "base", "mode": "eager", "tokens_per_step": 8192, "seconds_per_step": 0.5},
+        {"recipe": "base", "mode": "compile", "tokens_per_step": 8192, "seconds_per_step": 0.25},
+        {"recipe": "base", "mode": "graphs", "failed": "needs a CUDA device"},
+    ]
+    (tmp_path / "steps.json").write_text(json.dumps(rows))
+    text = make_report(tmp_path, *runs, "--step_times", str(tmp_path / "steps.json"))
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| base") or line.startswith("| other")]
+    # By the fastest way.
+    assert [row[-1].strip("| ") for row in table] == ["32,768", MISSING]
+    by_epoch, by_time = figures
+    assert len(by_epoch.axes[0].lines) == 2
+    (line,) = by_time.axes[0].lines
+    # 10 steps an epoch.
+    assert list(line.get_xdata()) == pytest.approx([2.5 / 60, 5 / 60, 7.5 / 60])
+    assert (tmp_path / "docs" / "results_time.png").exists() and "](results_time.png)" in text
+
+
+def test_cells_of_a_matrix_are_compared_with_the_baseline_of_their_size(tmp_path, figures):
+    perplexities = {"lm_a_6l_L128": 110.0, "lm_base_6l_L128": 100.0, "lm_a_12l_L256": 99.0, "lm_base_12l_L256": 90.0}
+    cells = [
+        write_run(tmp_path / f"{name}_seed0", [value], eval_perplexity=value, test_perplexity=value, seed=0)
+        for name, value in perplexities.items()
+    ]
+    text = make_report(tmp_path, *cells, "--baseline", "lm_base")
+    first, second = text.split("## 12 layers, blocks of 256")
+    assert "## 6 layers, blocks of 128" in first
+    assert "lm_a_6l_L128" in first and "validation gap to lm_base_6l_L128 (%)" in first and "+10.0" in first
+    assert "lm_a_12l_L256" in second and "validation gap to lm_base_12l_L256 (%)" in second and "+10.0" in second
+    assert [len(figure.axes[0].lines) for figure in figures] == [2, 2]
+    # Without a baseline, all are one table.
+    assert "##" not in make_report(tmp_path, *cells).removeprefix("# ")
+
+
+def test_a_baseline_that_some_cells_lack_is_an_error(tmp_path, capsys):
+    cells = [
+        write_run(tmp_path / name, [9.0], eval_perplexity=9.0, seed=0)
+        for name in ("lm_base_6l_L128_seed0", "lm_a_12l_L256_seed0")
+    ]
+    message = error_of(capsys, *cells, "--baseline", "lm_base", "--output", str(tmp_path / "results"))
+    assert "the baseline lm_base_12l_L256 is not among the models" in message
 
 
 @pytest.mark.parametrize(
