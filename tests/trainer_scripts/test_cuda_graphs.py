@@ -25,7 +25,7 @@ def losses(folder) -> list[float]:
 def test_replayed_steps_train_as_eager_ones_do(model, compiled, tiny_run, tmp_path):
     """Over three epochs, whose last batches have another shape, with an evaluation after each.
 
-    At a small learning rate: planes of tiny models are steep, and from step to step differences by rounding would grow.
+    At a small learning rate: planes of tiny models are steep, and differences by rounding grow from step to step.
     """
     arguments = [argument for argument in tiny_run if argument != "--use_cpu" and "config_overrides" not in argument]
     arguments += [NO_DROPOUT % MODELS[model], "--do_train", "--do_eval", "--eval_strategy=epoch", "--logging_steps=1"]

@@ -185,7 +185,7 @@ def test_step_times_are_a_column_and_an_axis(tmp_path, runs, figures):
     ]
     (tmp_path / "steps.json").write_text(json.dumps(rows))
     text = make_report(tmp_path, *runs, "--step_times", str(tmp_path / "steps.json"))
-    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| base") or line.startswith("| other")]
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith(("| base", "| other"))]
     # By the fastest way.
     assert [row[-1].strip("| ") for row in table] == ["32,768", MISSING]
     by_epoch, by_time = figures
