@@ -226,11 +226,11 @@ def published_table(rows: list[dict[str, Any]]) -> str:
 
 
 def settings(groups: list[Group]) -> dict[str, list[Group]]:
-    """The groups by what `run_matrix.py` appends to the names of cells: `_6l_L128`, or nothing."""
+    """The groups by what `run_matrix.py` appends to the names of cells: `_6l_L128`, or nothing; in ascending order."""
     by_suffix = {}
     for group in groups:
         by_suffix.setdefault(re.search(r"((_\d+l)?(_L\d+)?)$", group.name).group(1), []).append(group)
-    return by_suffix
+    return dict(sorted(by_suffix.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
 
 
 def sections(
