@@ -624,6 +624,8 @@ def scan_states(log_decay: torch.Tensor, segment: torch.Tensor, writes: torch.Te
         `torch.Tensor` of shape `(B, H, N, F * dv)`.
     """
     num_chunks = writes.shape[2]
+    if num_chunks == 1:
+        return writes
     size = min(num_chunks, CHUNKS_PER_GROUP)
     num_groups = (num_chunks + size - 1) // size
     padding = num_groups * size - num_chunks
