@@ -63,6 +63,13 @@ def closest(name: object, allowed: Iterable[str]) -> str:
     return f"did you mean {' or '.join(matches)}?"
 
 
+def split_extra(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """A command line, by default that of the process, before and after its first `--`."""
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    return argv[:end], argv[end + 1 :]
+
+
 def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tuple[Any, ...]:
     """Parse `[recipe.yaml] [--flag value ...]` into one instance of each dataclass; flags override the recipe.
 

@@ -140,12 +140,14 @@ def mean_curve(group: Group, notes: list[str]) -> list[tuple[float, float]]:
     return [(epoch, statistics.fmean(values)) for epoch, values in sorted(shared.items())]
 
 
-def minutes(group: Group, curve: list[tuple[float, float]], step_times: dict[str, dict[str, Any]]):
+def minutes(
+    group: Group, curve: list[tuple[float, float]], step_times: dict[str, dict[str, Any]]
+) -> list[tuple[float, float]]:
     """A curve over minutes of training steps on a device of its own in place of epochs; empty if they are unknown."""
     row = step_times.get(group.name)
-    steps = {epoch: step for run in group.runs.values() for epoch, step in logged(run, "step")}
     if row is None:
         return []
+    steps = {epoch: step for run in group.runs.values() for epoch, step in logged(run, "step")}
     return [(steps[epoch] * row["seconds_per_step"] / 60, value) for epoch, value in curve if epoch in steps]
 
 

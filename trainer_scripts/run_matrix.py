@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import UserError, exits_on_user_error
+from arguments import UserError, exits_on_user_error, split_extra
 from matrix import (
     Cell,
     Run,
@@ -310,9 +310,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, extra = parse_arguments(argv[:end]), argv[end + 1 :]
+    argv, extra = split_extra(argv)
+    args = parse_arguments(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("start the matrix as one process, with python: it starts the processes of the cells")
     slots = make_slots(args)

@@ -7,13 +7,12 @@ Each recipe is trained on random tokens with its own model, batches and optimize
 allows: with `--cuda_graphs`, with `--torch_compile`, with both, or with neither. The time is that of `--steps` steps
 in a row, with all that the Trainer does between them, and the median of `--repeats` such rows. Records of trainings
 that shared a device do not say what a step takes; `report.py --step_times steps.json` draws their curves over this
-time.
+time. What follows `--` goes to every training, such as `-- --per_device_train_batch_size 64`.
 """
 
 import argparse
 import gc
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 
 import run_clm
 import torch
-from arguments import UserError, exits_on_user_error, parse
+from arguments import UserError, exits_on_user_error, parse, split_extra
 from checkpoints import write_json
 from cuda_graphs import GraphTrainer, check_graph_arguments
 from models import load_config, load_model, load_tokenizer
 from records import environment
-from run_records import table_head
+from run_records import MISSING, RecordsParser, table_head
 from text_data import BlockCollator, cut_into_blocks
 from training import RunTrainer, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
@@ -110,7 +109,7 @@ def measure(recipe: str, mode: str, args: argparse.Namespace, extra: list[str]) 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = table_head(["recipe", "way", "ms a step", "spread (ms)", "tokens a second"])
     for row in rows:
-        cells = [row["recipe"], row["mode"], "—", "—", row.get("failed", "")]
+        cells = [row["recipe"], row["mode"], MISSING, MISSING, row.get("failed", "")]
         if "failed" not in row:
             speed = row["tokens_per_step"] / row["seconds_per_step"]
             cells[2:] = [f"{row['seconds_per_step'] * 1e3:.2f}", f"{row['spread'] * 1e3:.2f}", f"{speed:,.0f}"]
@@ -126,11 +125,7 @@ def positive(text: str) -> int:
 
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Measure what a training step of recipes of run_clm.py takes, alone on the device.",
-        epilog="What follows -- goes to every training, such as -- --per_device_train_batch_size 64.",
-        allow_abbrev=False,
-    )
+    parser = RecordsParser(__doc__)
     parser.add_argument("recipes", nargs="+", help="recipes of run_clm.py")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to run a step")
@@ -138,9 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=50, help="steps in a row")
     parser.add_argument("--repeats", type=positive, default=5, help="rows of steps")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds after which none is begun")
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, extra = parser.parse_args(argv[:end]), argv[end + 1 :]
+    argv, extra = split_extra(argv)
+    args = parser.parse_args(argv)
 
     start, rows = time.monotonic(), []
     for recipe in args.recipes:
