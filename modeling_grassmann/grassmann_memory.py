@@ -51,10 +51,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plucker import NO_POSITION, asked_backend, triton_or_torch, unit, unit_tangent
+from .plucker import NO_POSITION, asked_backend, choose_backend, triton_or_torch, unit, unit_tangent
 
 
 try:
+    from .frames_triton import orthonormalise_triton
     from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, prefix_sums_op, why_not_triton
     from .memory_states_triton import packed_columns, read_states, write_states
 except ImportError:
@@ -74,7 +75,7 @@ LONGEST_FUSED_ROW = 8192
 MAX_FEATURES = 2**22
 
 
-def orthonormalise(vectors: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
+def orthonormalise(vectors: torch.Tensor, eps: float = 1e-3, backend: str = "auto") -> torch.Tensor:
     """
     Orthonormal frames of planes, by Gram-Schmidt.
 
@@ -84,10 +85,13 @@ def orthonormalise(vectors: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
     Args:
         vectors (`torch.Tensor` of shape `(..., 2, r)`): two vectors for each plane.
         eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors count as parallel.
+        backend (`str`, *optional*, defaults to `"auto"`): `"torch"`, `"triton"` or `"auto"`, see [`choose_backend`].
 
     Returns:
         `torch.Tensor` of shape `(..., 2, r)`, computed and returned in float32 or better.
     """
+    if choose_backend(backend, vectors, vectors.shape[-1]) == "triton":
+        return orthonormalise_triton(vectors, eps)
     first, second = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).unbind(-2)
     direction = unit(first)
     tangent = unit_tangent(direction, second, (direction != 0).any(-1, keepdim=True), eps)

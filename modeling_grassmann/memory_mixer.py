@@ -153,7 +153,7 @@ class MemoryMixer(nn.Module):
     def frames(self, vectors: torch.Tensor) -> torch.Tensor:
         """Frames of planes, or for kernels without them the vectors: `(B, T, H * m * r)` -> `(B, T, H, m, r)`."""
         vectors = vectors.unflatten(-1, (self.num_heads, self.num_vectors, self.reduced_size))
-        return orthonormalise(vectors, self.plucker_eps) if self.num_vectors == 2 else vectors
+        return orthonormalise(vectors, self.plucker_eps, self.backend) if self.num_vectors == 2 else vectors
 
     def convolved(self, key: torch.Tensor, positions: torch.Tensor | None, past_key_values) -> torch.Tensor:
         """Vectors of keys after the convolution: `(B, T, W)` -> `(B, T, W)`."""
