@@ -35,36 +35,50 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 @triton.jit
-def load_pairs(vectors, num_planes, r: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Two vectors for each plane of a block, `(BLOCK, BLOCK_R)`; where they lie in the tensor, and what is inside."""
-    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def load_pairs(vectors, plane, num_planes, num_heads, stride, r: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Two vectors for each plane of a block, from tokens of some stride: `(BLOCK, BLOCK_R)`."""
     column = tl.arange(0, BLOCK_R)
-    place = plane.to(tl.int64)[:, None] * (2 * r) + column[None, :]
-    inside = (plane < num_planes)[:, None] & (column < r)[None, :]
-    first = tl.load(vectors + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(vectors + place + r, mask=inside, other=0.0).to(tl.float32)
-    return first, second, place, inside
+    pointers = vectors + (plane // num_heads).to(tl.int64) * stride + plane % num_heads * (2 * r)
+    pointers = pointers[:, None] + column[None, :]
+    mask = (plane < num_planes)[:, None] & (column < r)[None, :]
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + r, mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def store_pairs(vectors, plane, num_planes, first, second, r: tl.constexpr, BLOCK_R: tl.constexpr):
+    column = tl.arange(0, BLOCK_R)
+    pointers = vectors + plane.to(tl.int64)[:, None] * (2 * r) + column[None, :]
+    mask = (plane < num_planes)[:, None] & (column < r)[None, :]
+    tl.store(pointers, first.to(vectors.dtype.element_ty), mask=mask)
+    tl.store(pointers + r, second.to(vectors.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def frames_kernel(
-    vectors, frames, num_planes, eps, r: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
+    vectors, frames, num_planes, num_heads, stride, eps, r: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """Frames of planes, zeros where two vectors span none: `(N, 2, r)`."""
-    first, second, place, inside = load_pairs(vectors, num_planes, r, BLOCK, BLOCK_R)
+    """Frames of planes, zeros where two vectors span none: `(N, H, 2, r)`."""
+    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first, second = load_pairs(vectors, plane, num_planes, num_heads, stride, r, BLOCK_R)
     direction, inverse = unit_direction(first)
     tangent, _, inverse_tangent = unit_tangent(direction, second, inverse > 0, eps)
-    tl.store(frames + place, tl.where((inverse_tangent > 0)[:, None], direction, 0.0), mask=inside)
-    tl.store(frames + place + r, tangent, mask=inside)
+    direction = tl.where((inverse_tangent > 0)[:, None], direction, 0.0)
+    store_pairs(frames, plane, num_planes, direction, tangent, r, BLOCK_R)
 
 
 @triton.jit
 def frames_backward_kernel(
-    vectors, grad_frames, grad_vectors, num_planes, eps, r: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
+    vectors, grad_frames, grad_vectors, num_planes, num_heads, stride, eps,
+    r: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of vectors, `(N, 2, r)`."""
-    first, second, place, inside = load_pairs(vectors, num_planes, r, BLOCK, BLOCK_R)
-    grad_direction, grad_tangent, _, _ = load_pairs(grad_frames, num_planes, r, BLOCK, BLOCK_R)
+    """Gradients of vectors, `(N, H, 2, r)`."""
+    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first, second = load_pairs(vectors, plane, num_planes, num_heads, stride, r, BLOCK_R)
+    grad_direction, grad_tangent = load_pairs(
+        grad_frames, plane, num_planes, num_heads, num_heads * (2 * r), r, BLOCK_R
+    )
     direction, inverse = unit_direction(first)
     tangent, inner, inverse_tangent = unit_tangent(direction, second, inverse > 0, eps)
     spans = (inverse_tangent > 0)[:, None]
@@ -75,18 +89,24 @@ def frames_backward_kernel(
     grad_direction -= inner[:, None] * grad_perpendicular + along[:, None] * second
     along = tl.sum(direction * grad_direction, axis=1)
     grad_first = (grad_direction - along[:, None] * direction) * inverse[:, None]
-    dtype = grad_vectors.dtype.element_ty
-    tl.store(grad_vectors + place, tl.where(spans, grad_first, 0.0).to(dtype), mask=inside)
-    tl.store(grad_vectors + place + r, tl.where(spans, grad_second, 0.0).to(dtype), mask=inside)
+    grad_first, grad_second = tl.where(spans, grad_first, 0.0), tl.where(spans, grad_second, 0.0)
+    store_pairs(grad_vectors, plane, num_planes, grad_first, grad_second, r, BLOCK_R)
 
 
-def launch(vectors: torch.Tensor) -> tuple[tuple[int], int, dict[str, int]]:
-    """Grid, number of planes, and what both kernels are compiled for."""
-    r = vectors.shape[-1]
+def by_token(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors as `(N, H, 2, r)`, without a copy where only the first dimension has a stride of its own."""
+    vectors = vectors.reshape(-1, *vectors.shape[-3:]) if vectors.dim() > 2 else vectors[None, None]
+    return vectors if vectors[:1].is_contiguous() else vectors.contiguous()
+
+
+def launch(vectors: torch.Tensor) -> tuple[tuple[int], list[int], dict[str, int]]:
+    """Grid, sizes and what both kernels are compiled for, of vectors from [`by_token`]."""
+    num_tokens, num_heads, _, r = vectors.shape
     block_r = triton.next_power_of_2(r)
     block = max(1, BLOCK_SIZE // block_r)
-    num_planes = vectors.numel() // (2 * r)
-    return (ceil_div(num_planes, block),), num_planes, {"r": r, "BLOCK": block, "BLOCK_R": block_r}
+    num_planes = num_tokens * num_heads
+    sizes = [num_planes, num_heads, vectors.stride(0)]
+    return (ceil_div(num_planes, block),), sizes, {"r": r, "BLOCK": block, "BLOCK_R": block_r}
 
 
 @torch.library.custom_op(f"{NAMESPACE}::frames", mutates_args=())
@@ -94,8 +114,9 @@ def frames_op(vectors: torch.Tensor, eps: float) -> torch.Tensor:
     """[`orthonormalise_triton`]."""
     frames = torch.empty_like(vectors, dtype=torch.float32, memory_format=torch.contiguous_format)
     if frames.numel():
-        grid, num_planes, options = launch(vectors)
-        frames_kernel[grid](vectors.contiguous(), frames, num_planes, eps, **options)
+        vectors = by_token(vectors)
+        grid, sizes, options = launch(vectors)
+        frames_kernel[grid](vectors, frames, *sizes, eps, **options)
     return frames
 
 
@@ -109,8 +130,9 @@ def frames_backward_op(grad: torch.Tensor, vectors: torch.Tensor, eps: float) ->
     """Gradient of the vectors of [`frames_op`], in their type."""
     result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
     if result.numel():
-        grid, num_planes, options = launch(vectors)
-        frames_backward_kernel[grid](vectors.contiguous(), grad.contiguous(), result, num_planes, eps, **options)
+        vectors = by_token(vectors)
+        grid, sizes, options = launch(vectors)
+        frames_backward_kernel[grid](vectors, grad.contiguous(), result, *sizes, eps, **options)
     return result
 
 

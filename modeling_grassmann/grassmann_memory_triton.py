@@ -54,8 +54,8 @@ MAX_COORDINATES = 160
 MAX_VALUE_SIZE = 128
 # Those of `grassmann_memory.py`, which imports this file.
 MIN_LOG_DECAY = -100.0
-# Smaller exponentials than this one's are no normal float32 numbers.
-FORGOTTEN = tl.constexpr(-88.0)
+# What 2^16 tokens behind this log decay add, e^-28 of each, is less than the rounding of one token in float32.
+FORGOTTEN = tl.constexpr(-28.0)
 # Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 

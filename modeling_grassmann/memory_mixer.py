@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
-from .plucker import NO_POSITION, is_pair, positions_with_boundaries, shift
+from .plucker import NO_POSITION, are_plain, choose_backend, is_pair, positions_with_boundaries, shift
 
 
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -150,6 +150,17 @@ class MemoryMixer(nn.Module):
         self.norm = MemoryNorm(num_heads, value_size, eps=norm_eps)
         self.out_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
 
+    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Vectors of queries and of keys, values, gates and decays: `(B, T, d)` -> `(B, T, ...)` each."""
+        layers = self.query_proj, self.key_proj, self.value_proj, self.gate_proj, self.decay_proj
+        if choose_backend(self.backend, hidden_states, self.reduced_size) != "triton" or not are_plain(*layers):
+            return [layer(hidden_states) for layer in layers]
+        # One product reads the tokens once, and so does its gradient. Its rows begin at multiples of 32 bytes.
+        weight = torch.cat([layer.weight for layer in layers])
+        padding = -len(weight) % 16
+        projected = F.linear(hidden_states, F.pad(weight, (0, 0, 0, padding)))
+        return projected.split([*(layer.out_features for layer in layers), padding], dim=-1)[:-1]
+
     def frames(self, vectors: torch.Tensor) -> torch.Tensor:
         """Frames of planes, or for kernels without them the vectors: `(B, T, H * m * r)` -> `(B, T, H, m, r)`."""
         vectors = vectors.unflatten(-1, (self.num_heads, self.num_vectors, self.reduced_size))
@@ -190,10 +201,9 @@ class MemoryMixer(nn.Module):
         """
         if cu_seqlens is not None:
             positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
-        query = self.frames(self.query_proj(hidden_states))
-        key = self.frames(self.convolved(self.key_proj(hidden_states), positions, past_key_values))
-        values = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
-        decay = self.decay_proj(hidden_states)  # (B, T, H)
+        query, key, values, gate, decay = self.project(hidden_states)
+        query, key = self.frames(query), self.frames(self.convolved(key, positions, past_key_values))
+        values = values.unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
         log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
         if past_key_values is None:
             output, _ = grassmann_memory(
@@ -203,5 +213,5 @@ class MemoryMixer(nn.Module):
             output, _ = past_key_values.update(
                 key, values, self.layer_idx, query=query, log_decay=log_decay, positions=positions, kernel=self.kernel
             )
-        gate = F.silu(self.gate_proj(hidden_states))
-        return self.out_proj(gate * self.norm(output).flatten(-2))  # (B, T, H, dv) -> (B, T, H * dv) -> (B, T, d)
+        # (B, T, H, dv) -> (B, T, H * dv) -> (B, T, d)
+        return self.out_proj(F.silu(gate) * self.norm(output).flatten(-2))

@@ -590,6 +590,19 @@ class PluckerProjection(nn.Module):
         return f"plucker_coordinates={self.weight.shape[1]}, hidden_size={self.weight.shape[0]}, eps={self.eps}"
 
 
+def are_plain(*layers: nn.Module | None) -> bool:
+    """Whether layers are no more than their parameters: no adapter, quantised weight or hook takes part."""
+    for layer in layers:
+        if layer is None:
+            continue
+        own = type(layer) in (nn.Linear, nn.LayerNorm, PluckerProjection)
+        if not own or type(layer.weight) not in (torch.Tensor, nn.Parameter):
+            return False
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+            return False
+    return True
+
+
 def gated_mix(hidden_states: torch.Tensor, features: torch.Tensor, gate_proj: nn.Linear) -> torch.Tensor:
     """`α h + (1 - α) g` with `α = σ(W_gate [h; g] + b)`, all of shape `(B, T, d)`."""
     gate = torch.sigmoid(gate_proj(torch.cat([hidden_states, features], dim=-1)))
@@ -693,7 +706,8 @@ class PluckerMixer(nn.Module):
         if cu_seqlens is not None:
             positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
         backend = choose_backend(self.backend, hidden_states, self.reduce.out_features // self.num_heads)
-        if backend == "triton" and past_key_values is None and self.is_plain():
+        layers = self.reduce, self.reduce_past, self.plucker_proj, self.gate_proj, self.norm
+        if backend == "triton" and past_key_values is None and self.out_proj is None and are_plain(*layers):
             if positions is None:
                 positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
             return plucker_mixer_triton(hidden_states, self, positions)
@@ -710,18 +724,6 @@ class PluckerMixer(nn.Module):
         if self.out_proj is not None:
             mixed = self.out_proj(mixed)
         return self.norm(mixed)
-
-    def is_plain(self) -> bool:
-        """Whether the layers are no more than their parameters: no adapter, quantised weight or hook takes part."""
-        for layer in (self.reduce, self.reduce_past, self.plucker_proj, self.gate_proj, self.norm):
-            if layer is None:
-                continue
-            own = type(layer) in (nn.Linear, nn.LayerNorm, PluckerProjection)
-            if not own or type(layer.weight) not in (torch.Tensor, nn.Parameter):
-                return False
-            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
-                return False
-        return self.out_proj is None
 
 
 class PluckerWindowMixer(nn.Module):

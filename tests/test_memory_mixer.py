@@ -94,6 +94,20 @@ def test_a_mixer_alone_takes_padding_and_boundaries():
     torch.testing.assert_close(packed, torch.cat(alone))
 
 
+def test_hooks_and_other_layers_take_part_where_one_product_makes_all_projections():
+    hidden_states = torch.randn(2, 9, 12, device=DEVICE)
+    for name in ("query_proj", "key_proj", "value_proj", "gate_proj", "decay_proj"):
+        mixer, calls = MemoryMixer(12, 2, 4, 8, backend="triton").to(DEVICE), []
+        expected = mixer(hidden_states)
+        layer = getattr(mixer, name)
+        handle = layer.register_forward_hook(lambda *arguments, calls=calls: calls.append(arguments))
+        torch.testing.assert_close(mixer(hidden_states), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1, name
+        handle.remove()
+        setattr(mixer, name, torch.nn.Sequential(layer, torch.nn.Tanh()))
+        assert (mixer(hidden_states) - expected).abs().max() > 1e-4, name
+
+
 @pytest.mark.parametrize("chunks", ["one", "many"])
 def test_the_kernels_give_what_plain_torch_gives(chunks, monkeypatch):
     if chunks == "many":
