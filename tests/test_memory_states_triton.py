@@ -16,7 +16,6 @@ from modeling_grassmann.grassmann_memory import (
 
 
 pytest.importorskip("triton", reason="needs Triton")
-from modeling_grassmann.memory_states_triton import packed_columns
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,10 +118,9 @@ def test_a_state_is_the_same_before_and_after_packing(kernel, r):
 
 def kernels_read(query, packed, kernel):
     """`Σ_ij x_i x_j S_ij` in float64."""
-    columns, signs = packed_columns(kernel, query.shape[-1])
     x = KERNELS[kernel].coordinates(query.double()[..., None])[..., 0]  # (B, T, H, C)
     full = x.new_zeros(*x.shape[:-1], packed.shape[2])
-    full[..., columns] = x * x.new_tensor(signs)
+    full[..., : x.shape[-1]] = x
     return torch.einsum("bthi,bthj,bhijd->bthd", full, full, packed)
 
 
