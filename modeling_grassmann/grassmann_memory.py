@@ -57,7 +57,7 @@ from .plucker import NO_POSITION, asked_backend, choose_backend, triton_or_torch
 try:
     from .frames_triton import orthonormalise_triton
     from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, prefix_sums_op, why_not_triton
-    from .memory_states_triton import packed_columns, read_states, write_states
+    from .memory_states_triton import read_states, write_states
 except ImportError:
     memory_pairs_triton = None
 
@@ -368,19 +368,19 @@ def kernel_features(frames: torch.Tensor, kernel: str) -> torch.Tensor:
 
 class PackedPlaces(NamedTuple):
     """
-    How features are found among all products of coordinates, `(W * W,)`, as the fused kernels order them.
+    How features are found among all products of coordinates, `(W * W,)`, as the fused kernels have them.
 
     Args:
         places (`torch.LongTensor` of shape `(F,)`): that of each feature's product.
-        factors (`torch.Tensor` of shape `(F, 1)`): what the product is multiplied by.
+        weight (`torch.Tensor` of shape `(F, 1)`): of each product.
         overlap (`int`): see [`Products`].
         relations (`torch.LongTensor` of shape `(6, Q)`): the products in each of the Plücker relations
             `p_ij p_km - p_ik p_jm + p_im p_jk = 0`, in both orders; none for vectors.
-        relation_signs (`torch.Tensor` of shape `(6, Q, 1)`): theirs.
+        relation_signs (`torch.Tensor` of shape `(6, 1, 1)`): theirs.
     """
 
     places: torch.Tensor
-    factors: torch.Tensor
+    weight: torch.Tensor
     overlap: int
     relations: torch.Tensor
     relation_signs: torch.Tensor
@@ -393,24 +393,19 @@ def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
     if key in _PRODUCT_TENSORS:
         return _PRODUCT_TENSORS[key]
     square = constant_product_tensors(KERNELS[name].square, size, device, dtype)
-    columns, signs = packed_columns(name, size)
     width = coordinates_width(name, size)
-    relations, relation_signs = [], []
+    relations = []
     if KERNELS[name].num_vectors == 2:
         index = {pair: i for i, pair in enumerate(combinations(range(size), 2))}
         for i, j, k, m in combinations(range(size), 4):
-            terms = [(index[i, j], index[k, m], 1), (index[i, k], index[j, m], -1), (index[i, m], index[j, k], 1)]
-            both = [(a, b, sign) for a, b, sign in terms] + [(b, a, sign) for a, b, sign in terms]
-            relations.append([columns[a] * width + columns[b] for a, b, _ in both])
-            relation_signs.append([signs[a] * signs[b] * sign for a, b, sign in both])
+            terms = [(index[i, j], index[k, m]), (index[i, k], index[j, m]), (index[i, m], index[j, k])]
+            relations.append([x * width + y for a, b in terms for x, y in ((a, b), (b, a))])
     with torch.inference_mode(False):
         first, second = square.factors.data.chunk(2)
-        columns, signs = torch.tensor(columns, device=device), torch.tensor(signs, device=device, dtype=dtype)
-        places = columns[first] * width + columns[second]
-        factors = square.weight.data * (signs[first] * signs[second])[:, None]
+        places = first * width + second
         relations = torch.tensor(relations, device=device, dtype=torch.long).reshape(-1, 6).T
-        relation_signs = torch.tensor(relation_signs, device=device, dtype=dtype).reshape(-1, 6).T[..., None]
-    _PRODUCT_TENSORS[key] = PackedPlaces(places, factors, square.overlap, relations, relation_signs)
+        relation_signs = torch.tensor([1, 1, -1, -1, 1, 1], device=device, dtype=dtype)[:, None, None]
+    _PRODUCT_TENSORS[key] = PackedPlaces(places, square.weight.data, square.overlap, relations, relation_signs)
     return _PRODUCT_TENSORS[key]
 
 
@@ -420,7 +415,7 @@ def pack_state(memory: torch.Tensor, name: str, size: int) -> torch.Tensor:
     coordinates could have written.
     """
     packed = packed_places(name, size, memory.device, memory.dtype)
-    features = add_overlap(memory.flatten(0, 1).clone(), packed.overlap, transposed=True) * packed.factors
+    features = add_overlap(memory.flatten(0, 1).clone(), packed.overlap, transposed=True) * packed.weight
     width = coordinates_width(name, size)
     state = features.new_zeros(features.shape[0], width * width, features.shape[2])
     state = state.index_add(1, packed.places, features).unflatten(1, (width, width))
@@ -438,7 +433,7 @@ def unpack_state(state: torch.Tensor, name: str, size: int) -> torch.Tensor:
     shape = state.shape[:2]
     # The gradient of a symmetric state is symmetric, too.
     state = ((state + state.transpose(2, 3)) / 2).flatten(0, 1).flatten(1, 2)  # (B * H, W * W, dv)
-    features = state.index_select(1, packed.places) * packed.factors
+    features = state.index_select(1, packed.places) * packed.weight
     return add_overlap(features, packed.overlap).unflatten(0, shape)
 
 

@@ -33,6 +33,7 @@ here before anything is rounded, without the pairs :math:`s = t`, which would ca
 Sums have a fixed order: the same inputs give the same bits.
 """
 
+import math
 import operator
 import re
 
@@ -137,11 +138,71 @@ def store_coordinates(row, token, inside, first, second, C1: tl.constexpr, C2: t
 
 
 @triton.jit
-def factors(column, r: tl.constexpr, SHIFT: tl.constexpr):
-    """The two entries of a frame's vectors that make a coordinate: `i`, and the one so much further, cyclically."""
-    i = column % r
-    j = i + column // r + SHIFT
-    return i, tl.where(j >= r, j - r, j)
+def split_columns(tile, SIZE: tl.constexpr):
+    """The columns of `(BLOCK, SIZE)`, a power of two of them: a tuple of `(BLOCK,)`."""
+    if SIZE == 1:
+        columns = (tl.reshape(tile, (tile.shape[0],)),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], SIZE // 2, 2)))
+        even, odd = split_columns(even, SIZE // 2), split_columns(odd, SIZE // 2)
+        columns = ()
+        for i in tl.static_range(SIZE // 2):
+            columns += (even[i], odd[i])
+    return columns
+
+
+@triton.jit
+def join_columns(columns, SIZE: tl.constexpr):
+    """The inverse of [`split_columns`], for at least two columns."""
+    if SIZE == 2:
+        tile = tl.join(columns[0], columns[1])
+    else:
+        even, odd = (), ()
+        for i in tl.static_range(0, SIZE, 2):
+            even += (columns[i],)
+            odd += (columns[i + 1],)
+        tile = tl.join(join_columns(even, SIZE // 2), join_columns(odd, SIZE // 2))
+        tile = tl.reshape(tile, (tile.shape[0], SIZE))
+    return tile
+
+
+@triton.jit
+def load_columns(pointer, offsets, real, SIZE: tl.constexpr, PART: tl.constexpr):
+    """
+    The columns of rows in float32, zeros where these are not real. Each thread loads a row, `PART` numbers at once:
+    rows begin at multiples of them.
+    """
+    offsets = tl.multiple_of(offsets[:, None], (PART, PART))
+    columns = ()
+    for start in tl.static_range(0, SIZE, PART):
+        column = start + tl.arange(0, PART)
+        mask = real[:, None] & (column < SIZE)[None, :]
+        tile = tl.load(pointer + offsets + column[None, :], mask=mask, other=0.0)
+        columns += split_columns(tile.to(tl.float32), PART)
+    return columns
+
+
+@triton.jit
+def store_columns(pointers, columns, inside, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of `SIZE` columns, filled up with zeros. Each thread stores a row, 16 bytes at once."""
+    dtype = pointers.dtype.element_ty
+    PART: tl.constexpr = 128 // dtype.primitive_bitwidth
+    for start in tl.static_range(0, WIDTH, PART):
+        part = ()
+        for i in tl.static_range(start, start + PART):
+            part += ((columns[i] if i < SIZE else tl.zeros_like(columns[0])).to(dtype),)
+        column = start + tl.arange(0, PART)
+        mask = inside[:, None] & (column < WIDTH)[None, :]
+        tl.store(pointers[:, None] + column[None, :], join_columns(part, PART), mask=mask)
+
+
+@triton.constexpr_function
+def pair_column(i, j, r, kind):
+    """The place of two entries' coordinate: squares come first, if at all, and pairs in lexicographic order."""
+    if i == j:
+        return i
+    i, j = min(i, j), max(i, j)
+    return (r if kind == "projection" else 0) + i * (2 * r - i - 1) // 2 + j - i - 1
 
 
 @triton.jit
@@ -149,46 +210,47 @@ def coordinates_kernel(
     frames, segment, coordinates, num_blocks, num_heads, num_chunks, chunk_size, length,
     frames_row, frames_token, frames_head, frames_vector, segment_row, segment_token,
     KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates of frames in an order of their own, zeros for padding: `(B * N * H, c, WIDTH)`."""
+    """
+    Coordinates of frames in the order of `grassmann_memory.py`, zeros for padding: `(B * N * H, c, WIDTH)`. A thread
+    makes those of a token.
+    """
     block, sequence, row, head, first, size = locate(
         tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
     )
     token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < size
     if SEGMENTS:
         segment += row * segment_row + first * segment_token
-    real = load_real(segment, token, inside, segment_token, SEGMENTS)
-    column = tl.arange(0, BLOCK_C)
-    mask = real[:, None] & (column < C)[None, :]
-    a = frames + row * frames_row + head * frames_head + (first + token).to(tl.int64)[:, None] * frames_token
+    real = load_real(segment, token, token < size, segment_token, SEGMENTS)
+    offsets = row * frames_row + head * frames_head + (first + token).to(tl.int64) * frames_token
+    a = load_columns(frames, offsets, real, r, PART)
     if KIND == "inner":
-        result = tl.load(a + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        columns = a
     else:
-        i, j = factors(column, r, 1 if KIND == "wedge" else 0)
-        b = a + frames_vector
-        a_i = tl.load(a + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        a_j = tl.load(a + j[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_i = tl.load(b + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_j = tl.load(b + j[None, :], mask=mask, other=0.0).to(tl.float32)
-        if KIND == "wedge":
-            result = a_i * b_j - a_j * b_i
-        else:
-            result = (a_i * a_j + b_i * b_j) * tl.where(i == j, 1.0, 1.4142135623730951)[None, :]
-    pointers = coordinates + (sequence * chunk_size + token)[:, None] * WIDTH + column[None, :]
-    mask = (token < chunk_size)[:, None] & (column < WIDTH)[None, :]
-    tl.store(pointers, result.to(coordinates.dtype.element_ty), mask=mask)
+        b = load_columns(frames, offsets + frames_vector, real, r, PART)
+        columns = ()
+        if KIND == "projection":
+            for i in tl.static_range(r):
+                columns += (a[i] * a[i] + b[i] * b[i],)
+        for i in tl.static_range(r):
+            for j in tl.static_range(i + 1, r):
+                if KIND == "wedge":
+                    columns += (a[i] * b[j] - a[j] * b[i],)
+                else:
+                    columns += ((a[i] * a[j] + b[i] * b[j]) * 1.4142135623730951,)
+    pointers = coordinates + (sequence * chunk_size + token) * WIDTH
+    store_columns(pointers, columns, token < chunk_size, C, WIDTH)
 
 
 @triton.jit
 def coordinates_backward_kernel(
     frames, segment, grad_coordinates, grad_frames, num_blocks, num_heads, num_chunks, chunk_size, length,
     frames_row, frames_token, frames_head, frames_vector, segment_row, segment_token,
-    KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of frames, `(B, T, H, m, r)`: each entry gathers what it gets from coordinates on either side."""
+    """Gradients of frames, `(B, T, H, m, r)`: each entry gathers what it gets from the coordinates of its pairs."""
     block, sequence, row, head, first, size = locate(
         tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
     )
@@ -197,48 +259,36 @@ def coordinates_backward_kernel(
     if SEGMENTS:
         segment += row * segment_row + first * segment_token
     real = load_real(segment, token, inside, segment_token, SEGMENTS)
-    i = tl.arange(0, BLOCK_R)
-    mask = real[:, None] & (i < r)[None, :]
-    gradient = grad_coordinates + (sequence * chunk_size + token)[:, None] * WIDTH
-    VECTORS: tl.constexpr = 1 if KIND == "inner" else 2
-    result = grad_frames + ((row * length + first + token) * num_heads + head)[:, None] * (VECTORS * r) + i[None, :]
-    dtype = grad_frames.dtype.element_ty
+    GRAD_PART: tl.constexpr = 128 // grad_coordinates.dtype.element_ty.primitive_bitwidth
+    # Whole parts, of which the rest is not used.
+    LOADED: tl.constexpr = triton.cdiv(C, GRAD_PART) * GRAD_PART
+    g = load_columns(grad_coordinates, (sequence * chunk_size + token) * WIDTH, real, LOADED, GRAD_PART)
     if KIND == "inner":
-        grad_a = tl.load(gradient + i[None, :], mask=mask, other=0.0)
+        grad = g
     else:
-        a = frames + row * frames_row + head * frames_head + (first + token).to(tl.int64)[:, None] * frames_token
-        b = a + frames_vector
-        grad_a = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-        grad_b = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-        if KIND == "projection":
-            g = tl.load(gradient + i[None, :], mask=mask, other=0.0).to(tl.float32) * 1.4142135623730951
-            grad_a += g * tl.load(a + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            grad_b += g * tl.load(b + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        for step in range(r // 2):
-            shift = step + 1
-            start = (shift if KIND == "projection" else step) * r
-            # The coordinate that begins here, and the one that ends here. Halfway around, each pair comes once.
-            j = tl.where(i + shift >= r, i + shift - r, i + shift)
-            k = tl.where(i < shift, i - shift + r, i - shift)
-            ahead = mask & ((2 * shift < r) | (2 * i < r))[None, :]
-            behind = mask & ((2 * shift < r) | (2 * k < r))[None, :]
-            g = tl.load(gradient + start + i[None, :], mask=ahead, other=0.0).to(tl.float32)
-            h = tl.load(gradient + start + k[None, :], mask=behind, other=0.0).to(tl.float32)
-            a_j = tl.load(a + j[None, :], mask=ahead, other=0.0).to(tl.float32)
-            b_j = tl.load(b + j[None, :], mask=ahead, other=0.0).to(tl.float32)
-            a_k = tl.load(a + k[None, :], mask=behind, other=0.0).to(tl.float32)
-            b_k = tl.load(b + k[None, :], mask=behind, other=0.0).to(tl.float32)
-            if KIND == "wedge":
-                grad_a += g * b_j - h * b_k
-                grad_b += h * a_k - g * a_j
-            else:
-                grad_a += g * a_j + h * a_k
-                grad_b += g * b_j + h * b_k
-        if KIND == "projection":
-            grad_a *= 1.4142135623730951
-            grad_b *= 1.4142135623730951
-        tl.store(result + r, grad_b.to(dtype), mask=inside[:, None] & (i < r)[None, :])
-    tl.store(result, grad_a.to(dtype), mask=inside[:, None] & (i < r)[None, :])
+        offsets = row * frames_row + head * frames_head + (first + token).to(tl.int64) * frames_token
+        a = load_columns(frames, offsets, real, r, PART)
+        b = load_columns(frames, offsets + frames_vector, real, r, PART)
+        grad_a, grad_b = (), ()
+        for i in tl.static_range(r):
+            total_a, total_b = tl.zeros_like(a[0]), tl.zeros_like(a[0])
+            for j in tl.static_range(r):
+                if KIND == "projection":
+                    g_ij = g[pair_column(i, j, r, KIND)] * (2.0 if i == j else 1.4142135623730951)
+                    total_a += g_ij * a[j]
+                    total_b += g_ij * b[j]
+                elif i < j:
+                    total_a += g[pair_column(i, j, r, KIND)] * b[j]
+                    total_b -= g[pair_column(i, j, r, KIND)] * a[j]
+                elif i > j:
+                    total_a -= g[pair_column(i, j, r, KIND)] * b[j]
+                    total_b += g[pair_column(i, j, r, KIND)] * a[j]
+            grad_a += (total_a,)
+            grad_b += (total_b,)
+        grad = grad_a + grad_b
+    SIZE: tl.constexpr = r if KIND == "inner" else 2 * r
+    result = grad_frames + ((row * length + first + token) * num_heads + head) * SIZE
+    store_columns(result, grad, inside, SIZE, SIZE)
 
 
 @triton.jit
@@ -632,21 +682,16 @@ def coordinates_width(kernel: str, r: int) -> int:
     return sum(split_coordinates(num_coordinates(kernel, r)))
 
 
-def coordinates_options(kernel: str, r: int, chunk_size: int) -> tuple[dict[str, int | str], int]:
-    """What [`coordinates_kernel`] is compiled for, and its blocks of tokens in a chunk."""
-    width = coordinates_width(kernel, r)
-    block_c = triton.next_power_of_2(width)
-    block = 4096 // block_c
-    sizes = {"r": r, "C": num_coordinates(kernel, r), "WIDTH": width, "BLOCK": block, "BLOCK_C": block_c}
-    return {"KIND": KERNELS[kernel][0], **sizes}, ceil_div(chunk_size, block)
-
-
-def coordinates_backward_options(kernel: str, r: int, chunk_size: int) -> tuple[dict[str, int | str], int]:
-    """What [`coordinates_backward_kernel`] is compiled for, and its blocks of tokens in a chunk."""
-    block_r = triton.next_power_of_2(r)
-    block = max(16, 2048 // block_r)
-    sizes = {"r": r, "WIDTH": coordinates_width(kernel, r), "BLOCK": block, "BLOCK_R": block_r}
-    return {"KIND": KERNELS[kernel][0], **sizes}, ceil_div(chunk_size, block)
+def coordinates_options(kernel: str, frames: torch.Tensor, chunk_size: int) -> tuple[dict[str, int | str], int]:
+    """What both kernels of coordinates are compiled for, and their blocks of tokens in a chunk: a thread for each."""
+    r, num_warps = frames.shape[-1], 4
+    options = {
+        "KIND": KERNELS[kernel][0], "r": r, "C": num_coordinates(kernel, r), "WIDTH": coordinates_width(kernel, r),
+        # Numbers that are loaded at once: 16 bytes, if vectors begin at multiples of them.
+        "BLOCK": 32 * num_warps, "PART": math.gcd(16 // frames.element_size(), *frames.stride()[:4]),
+        "num_warps": num_warps,
+    }  # fmt: skip
+    return options, ceil_div(chunk_size, options["BLOCK"])
 
 
 def coordinate_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
@@ -739,7 +784,7 @@ def memory_pairs_op(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """[`memory_pairs_triton`], and what its backward starts from: see [`empty_intermediates`]."""
-    batch, length, num_heads, _, r = query.shape
+    batch, length, num_heads = query.shape[:3]
     output = torch.empty_like(values, memory_format=torch.contiguous_format)
     intermediates = empty_intermediates(query, values, kernel, chunk_size)
     if output.numel() == 0:
@@ -748,9 +793,9 @@ def memory_pairs_op(
     query_coordinates, key_coordinates, decays = intermediates
     num_sequences, _, width = query_coordinates.shape
     num_chunks = count_chunks(length, chunk_size)
-    options, blocks = coordinates_options(kernel, r, chunk_size)
     for frames, coordinates in ((query, query_coordinates), (key, key_coordinates)):
         frames = unit_stride(frames)
+        options, blocks = coordinates_options(kernel, frames, chunk_size)
         coordinates_kernel[(blocks * num_sequences,)](
             frames, segment, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
             *frames.stride()[:4], *strides,
@@ -791,7 +836,7 @@ def memory_pairs_backward_op(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the first four arguments of [`memory_pairs_op`]."""
-    batch, length, num_heads, _, r = query.shape
+    batch, length, num_heads = query.shape[:3]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, values, log_decay)]
     if grad.numel() == 0:
         return tuple(gradient.zero_() for gradient in grads)
@@ -820,9 +865,9 @@ def memory_pairs_backward_op(
         MIN_LOG_DECAY=MIN_LOG_DECAY, SEGMENTS=segment is not None, NUM_BLOCKS=options["NUM_BLOCKS"], BLOCK=block,
         num_warps=2,
     )  # fmt: skip
-    options, blocks = coordinates_backward_options(kernel, r, chunk_size)
     for frames, grad_frames, of_coordinates in zip((query, key), grads, grad_coordinates):
         frames = unit_stride(frames)
+        options, blocks = coordinates_options(kernel, frames, chunk_size)
         coordinates_backward_kernel[(blocks * num_sequences,)](
             frames, segment, of_coordinates, grad_frames, blocks, num_heads, num_chunks, chunk_size, length,
             *frames.stride()[:4], *strides,

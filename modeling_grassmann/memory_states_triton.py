@@ -17,15 +17,12 @@ Sums have a fixed order: the same inputs give the same bits.
 """
 
 import re
-from itertools import combinations
 
 import torch
 
 from .grassmann_memory_triton import (
-    KERNELS,
     coordinate_dtype,
     coordinates_backward_kernel,
-    coordinates_backward_options,
     coordinates_kernel,
     coordinates_options,
     coordinates_width,
@@ -189,20 +186,6 @@ def launch(values_dtype: torch.dtype, kernel: str, r: int, value_size: int) -> d
     }  # fmt: skip
 
 
-def packed_columns(kernel: str, r: int) -> tuple[list[int], list[float]]:
-    """Where [`coordinates_kernel`] puts the coordinates that `grassmann_memory.py` makes, in its order, and signs."""
-    if KERNELS[kernel][0] == "inner":
-        return list(range(r)), [1.0] * r
-    columns, signs = [], []
-    for i, j in combinations(range(r), 2):
-        # Around the circle, the shorter way goes over its end.
-        over = 2 * (j - i) > r
-        start, steps = (j, r - (j - i)) if over else (i, j - i)
-        columns.append((steps - 1) * r + start)
-        signs.append(-1.0 if over else 1.0)
-    return columns, signs
-
-
 def make_coordinates(frames: torch.Tensor, dtype: torch.dtype, kernel: str, chunk_size: int) -> torch.Tensor:
     """Coordinates of frames `(B, T, H, m, r)` for values in `dtype`: `(B * N * H, c, WIDTH)`."""
     batch, length, num_heads, _, r = frames.shape
@@ -210,8 +193,8 @@ def make_coordinates(frames: torch.Tensor, dtype: torch.dtype, kernel: str, chun
     coordinates = frames.new_empty(
         batch * num_chunks * num_heads, chunk_size, width, dtype=coordinate_dtype(kernel, dtype)
     )
-    options, blocks = coordinates_options(kernel, r, chunk_size)
     frames = unit_stride(frames)
+    options, blocks = coordinates_options(kernel, frames, chunk_size)
     coordinates_kernel[(blocks * coordinates.shape[0],)](
         frames, None, coordinates, blocks, num_heads, num_chunks, chunk_size, length, *frames.stride()[:4], 0, 0,
         SEGMENTS=False, **options,
@@ -306,7 +289,7 @@ def frames_grad(frames: torch.Tensor, vectors: torch.Tensor, states: torch.Tenso
         coordinates, vectors, states.contiguous(), grad, num_blocks, num_heads, num_chunks, chunk_size,
         *vectors.stride()[:4], **options,
     )  # fmt: skip
-    backward_options, blocks = coordinates_backward_options(kernel, r, chunk_size)
+    backward_options, blocks = coordinates_options(kernel, frames, chunk_size)
     coordinates_backward_kernel[(blocks * coordinates.shape[0],)](
         frames, None, grad, result, blocks, num_heads, num_chunks, chunk_size, length, *frames.stride()[:4], 0, 0,
         SEGMENTS=False, **backward_options,

@@ -301,6 +301,22 @@ def test_strides_change_nothing(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["binet_cauchy", "projection", "inner"])
+def test_frames_of_any_type_may_begin_anywhere_in_memory(kernel, dtype):
+    inputs = make_inputs(kernel, length=20, r=8)
+    with torch.no_grad():
+        inputs[0].copy_(inputs[0].to(dtype)), inputs[1].copy_(inputs[1].to(dtype))
+    expected = outputs_and_gradients(inputs, kernel=kernel)
+    frames = []
+    for leaf in inputs[:2]:
+        memory = leaf.new_empty(leaf.numel() + 1, dtype=dtype)
+        frames.append(memory[1:].view_as(leaf).copy_(leaf.detach()).requires_grad_())
+    actual = outputs_and_gradients([*frames, *inputs[2:]], kernel=kernel)
+    for name, a, b in zip(NAMES, actual, expected):
+        assert torch.equal(a, b.to(a.dtype)), name
+
+
 @pytest.mark.parametrize("wanted", range(4), ids=NAMES[1:])
 def test_each_gradient_is_the_same_when_no_other_is_wanted(wanted):
     inputs = make_inputs()

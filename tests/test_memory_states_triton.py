@@ -16,7 +16,7 @@ from modeling_grassmann.grassmann_memory import (
 
 
 pytest.importorskip("triton", reason="needs Triton")
-from modeling_grassmann.memory_states_triton import packed_columns
+from modeling_grassmann.memory_states_triton import make_coordinates
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +48,18 @@ def assert_close(actual, expected, tolerance):
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         error = (a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-6)
         assert error < tolerance, f"{index}: {error:.1e}"
+
+
+@pytest.mark.parametrize("r", [2, 3, 6, 8, 16])
+@pytest.mark.parametrize("kernel", ["binet_cauchy", "projection", "inner"])
+def test_coordinates_come_in_the_plain_order_and_zeros_behind_them_and_behind_the_row(kernel, r):
+    batch, length, heads, chunk_size = 2, 21, 3, 8
+    frames = make_frames(kernel, batch, length, heads, r=r)
+    actual = make_coordinates(frames, torch.float32, kernel, chunk_size)
+    coordinates = KERNELS[kernel].coordinates(frames.double()[..., None])[..., 0]  # (B, T, H, C)
+    expected = actual.new_zeros(batch, 3, chunk_size, heads, actual.shape[-1], dtype=torch.float64)
+    expected.flatten(1, 2)[:, :length, :, : coordinates.shape[-1]] = coordinates
+    torch.testing.assert_close(actual.double(), expected.transpose(2, 3).flatten(0, 2), rtol=1e-6, atol=1e-6)
 
 
 # Chunks that the last one does not fill, that it does, and that are longer than a block.
@@ -119,10 +131,9 @@ def test_a_state_is_the_same_before_and_after_packing(kernel, r):
 
 def kernels_read(query, packed, kernel):
     """`Σ_ij x_i x_j S_ij` in float64."""
-    columns, signs = packed_columns(kernel, query.shape[-1])
     x = KERNELS[kernel].coordinates(query.double()[..., None])[..., 0]  # (B, T, H, C)
     full = x.new_zeros(*x.shape[:-1], packed.shape[2])
-    full[..., columns] = x * x.new_tensor(signs)
+    full[..., : x.shape[-1]] = x
     return torch.einsum("bthi,bthj,bhijd->bthd", full, full, packed)
 
 
