@@ -55,8 +55,10 @@ MAX_COORDINATES = 160
 MAX_VALUE_SIZE = 128
 # Those of `grassmann_memory.py`, which imports this file.
 MIN_LOG_DECAY = -100.0
-# What 2^16 tokens behind this log decay add, e^-28 of each, is less than the rounding of one token in float32.
+# What 2^16 tokens behind these log decays add, e^-28 or e^-19 of each, is less than the rounding of one token, in
+# float32 and in half precisions.
 FORGOTTEN = tl.constexpr(-28.0)
+FORGOTTEN_HALF = tl.constexpr(-19.0)
 # Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -340,22 +342,28 @@ def decays_kernel(
 
 
 @triton.jit
-def count_earlier(totals, block, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def is_remembered(log_decay, dtype: tl.constexpr):
+    """Whether something of this decay matters to sums in this type."""
+    return log_decay >= (FORGOTTEN if dtype == tl.float32 else FORGOTTEN_HALF)
+
+
+@triton.jit
+def count_earlier(totals, block, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """How many blocks before this one it has not forgotten."""
     step = tl.arange(0, NUM_BLOCKS)
     exists = step < block
     # The decay between two blocks is that of the ones in between.
     between = tl.load(totals + (block - step) * BLOCK, mask=exists & (step > 0), other=0.0)
-    return tl.sum((exists & (tl.cumsum(between) >= FORGOTTEN)).to(tl.int32))
+    return tl.sum((exists & is_remembered(tl.cumsum(between), dtype)).to(tl.int32))
 
 
 @triton.jit
-def count_later(totals, block, num_blocks, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def count_later(totals, block, num_blocks, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """How many blocks behind this one have not forgotten it."""
     step = tl.arange(0, NUM_BLOCKS)
     exists = step < num_blocks - 1 - block
     between = tl.load(totals + (block + step) * BLOCK, mask=exists & (step > 0), other=0.0)
-    return tl.sum((exists & (tl.cumsum(between) >= FORGOTTEN)).to(tl.int32))
+    return tl.sum((exists & is_remembered(tl.cumsum(between), dtype)).to(tl.int32))
 
 
 @triton.jit
@@ -409,7 +417,7 @@ def pairs_kernel(
     total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     if NUM_BLOCKS > 1:
         between = 0.0
-        for step in tl.range(0, count_earlier(totals, block, NUM_BLOCKS, BLOCK)):
+        for step in tl.range(0, count_earlier(totals, block, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
             other = block - 1 - step
             source = other * BLOCK + place
             exists = source < size
@@ -469,7 +477,7 @@ def query_backward_kernel(
     row_sum = tl.zeros([BLOCK], tl.float32)
     if NUM_BLOCKS > 1:
         between = 0.0
-        for step in tl.range(0, count_earlier(totals, block, NUM_BLOCKS, BLOCK)):
+        for step in tl.range(0, count_earlier(totals, block, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
             other = block - 1 - step
             source = other * BLOCK + place
             exists = source < size
@@ -541,7 +549,7 @@ def key_backward_kernel(
     column_sum = tl.zeros([BLOCK], tl.float32)
     if NUM_BLOCKS > 1:
         between = 0.0
-        for step in tl.range(0, count_later(totals, block, num_blocks, NUM_BLOCKS, BLOCK)):
+        for step in tl.range(0, count_later(totals, block, num_blocks, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
             other = block + 1 + step
             reader = other * BLOCK + place
             exists = reader < size
@@ -715,9 +723,14 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def launch_options(width: int, backward: bool) -> dict[str, int]:
-    """Warps and stages of the kernels of pairs for this many coordinates: two parts of them need more registers."""
-    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
+def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, backward: bool) -> dict[str, int]:
+    """Warps and stages of the kernels of pairs: two parts of coordinates need more registers."""
+    width = coordinates_width(kernel, query.shape[-1])
+    converted = coordinate_dtype(kernel, values.dtype) != values.dtype
+    # On Hopper, products of bfloat16 made of 32 columns of float16 are wrong beside wider values, if these columns are
+    # loaded ahead (Triton 3.6).
+    one_stage = backward and converted and width == 32 and values.shape[-1] > 32
+    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 1 if one_stage else 2}
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
@@ -791,7 +804,7 @@ def memory_pairs_op(
         return output, *intermediates
     values, strides = unit_stride(values), segment_strides(segment, batch)
     query_coordinates, key_coordinates, decays = intermediates
-    num_sequences, _, width = query_coordinates.shape
+    num_sequences = query_coordinates.shape[0]
     num_chunks = count_chunks(length, chunk_size)
     for frames, coordinates in ((query, query_coordinates), (key, key_coordinates)):
         frames = unit_stride(frames)
@@ -810,7 +823,8 @@ def memory_pairs_op(
     )  # fmt: skip
     pairs_kernel[grid](
         query_coordinates, key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
-        **pairs_options(query, values, segment, kernel, num_blocks), **launch_options(width, backward=False),
+        **pairs_options(query, values, segment, kernel, num_blocks),
+        **launch_options(query, values, kernel, backward=False),
     )  # fmt: skip
     return output, *intermediates
 
@@ -854,11 +868,11 @@ def memory_pairs_backward_op(
     inputs = (query_coordinates, key_coordinates, values, decays, segment, grad)
     query_backward_kernel[grid](
         *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
-        **options, **launch_options(query_coordinates.shape[2], backward=True),
+        **options, **launch_options(query, values, kernel, backward=True),
     )  # fmt: skip
     key_backward_kernel[grid](
         *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
-        **options, **launch_options(query_coordinates.shape[2], backward=True),
+        **options, **launch_options(query, values, kernel, backward=True),
     )  # fmt: skip
     decays_backward_kernel[grid](
         log_decay, segment, sums, block_sums, grads[3], *sizes, *log_decay.stride(), *strides,

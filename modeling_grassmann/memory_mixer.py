@@ -3,6 +3,7 @@
 """A mixing layer around the Grassmann memory, without Transformers."""
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -16,6 +17,41 @@ from .plucker import NO_POSITION, are_plain, choose_backend, is_pair, positions_
 INITIAL_FLOOR = math.log(math.expm1(0.05))
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
 TIME_CONSTANTS = (2, 512)
+
+
+# Operators are named after the module, so that code that travels with a checkpoint never meets the installed one.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::joined", mutates_args=())
+def joined_op(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+    """
+    Tensors `(B, T, ...)` side by side, filled up with zeros: `(B, T, width)`. An operator of its own, as compiled code
+    computes each number of every part where it joins them, which takes it six times as long.
+    """
+    padding = parts[0].new_zeros(*parts[0].shape[:-1], width - sum(part.shape[-1] for part in parts))
+    return torch.cat([*parts, padding], dim=-1)
+
+
+@joined_op.register_fake
+def _(parts, width):
+    return parts[0].new_empty(*parts[0].shape[:-1], width)
+
+
+class Split(torch.autograd.Function):
+    """Parts of `(B, T, width)`, views of some sizes, without what is left over; their gradients are joined at once."""
+
+    @staticmethod
+    def forward(joined, *sizes):
+        return joined.split([*sizes, joined.shape[-1] - sum(sizes)], dim=-1)[:-1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.width = inputs[0].shape[-1]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return joined_op(list(gradients), ctx.width), *(None for _ in gradients)
 
 
 def initial_decay_bias(num_heads: int) -> torch.Tensor:
@@ -157,9 +193,8 @@ class MemoryMixer(nn.Module):
             return [layer(hidden_states) for layer in layers]
         # One product reads the tokens once, and so does its gradient. Its rows begin at multiples of 32 bytes.
         weight = torch.cat([layer.weight for layer in layers])
-        padding = -len(weight) % 16
-        projected = F.linear(hidden_states, F.pad(weight, (0, 0, 0, padding)))
-        return projected.split([*(layer.out_features for layer in layers), padding], dim=-1)[:-1]
+        projected = F.linear(hidden_states, F.pad(weight, (0, 0, 0, -len(weight) % 16)))
+        return Split.apply(projected, *(layer.out_features for layer in layers))
 
     def frames(self, vectors: torch.Tensor) -> torch.Tensor:
         """Frames of planes, or for kernels without them the vectors: `(B, T, H * m * r)` -> `(B, T, H, m, r)`."""

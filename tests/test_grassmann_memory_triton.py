@@ -117,6 +117,8 @@ CASES = {
     "short_of_a_block": {"length": 63, "r": 4, "dv": 17},
     "one_block": {"length": 64, "r": 10, "batch": 1},
     "wide": {"length": 65, "r": 12, "batch": 1, "heads": 1},
+    "wide_values": {"length": 200, "r": 8, "dv": 64, "batch": 1},
+    "widest_values": {"length": 130, "r": 5, "dv": 128, "batch": 1, "heads": 1},
     "widest": {"length": 70, "r": 16, "dv": 128, "batch": 1, "heads": 1},
     "widest_projection": {"kernel": "projection", "length": 20, "r": 16, "batch": 1, "heads": 1},
     "few_coordinates": {"length": 300, "r": 4, "dv": 32, "batch": 4, "heads": 6},
