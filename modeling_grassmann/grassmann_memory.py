@@ -58,6 +58,7 @@ try:
     from .frames_triton import orthonormalise_triton
     from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, prefix_sums_op, why_not_triton
     from .memory_states_triton import read_states, write_states
+    from .memory_step_triton import memory_step
 except ImportError:
     memory_pairs_triton = None
 
@@ -366,6 +367,40 @@ def kernel_features(frames: torch.Tensor, kernel: str) -> torch.Tensor:
     return write(coordinates, one, square_tensors(KERNELS[kernel], frames)).squeeze(-1)
 
 
+class FeatureEntries(NamedTuple):
+    """
+    Features of a square in terms of frames, as the fused step takes them.
+
+    Args:
+        entries (`torch.IntTensor` of shape `(4, F)`): entries of frames that make the two coordinates of each product.
+        weight (`torch.Tensor` of shape `(F,)`): of each product.
+        overlap (`int`): see [`Products`].
+    """
+
+    entries: torch.Tensor
+    weight: torch.Tensor
+    overlap: int
+
+
+@torch.compiler.assume_constant_result
+def feature_entries(name: str, size: int, device) -> FeatureEntries:
+    """[`FeatureEntries`] for a kernel between frames of shape `(..., size)`, made once."""
+    key = (name, size, device)
+    if key in _PRODUCT_TENSORS:
+        return _PRODUCT_TENSORS[key]
+    first, second, weight, overlap = KERNELS[name].square(size)
+    pairs = list(combinations(range(size), 2)) if KERNELS[name].num_vectors == 2 else [(i, i) for i in range(size)]
+    entries = [[pairs[place][of] for place in factor] for factor in (first, second) for of in (0, 1)]
+    with torch.inference_mode(False):
+        entries = torch.tensor(entries, device=device, dtype=torch.int32)
+        weight = torch.tensor(weight, device=device, dtype=torch.float32)
+        # As in [`constant_product_tensors`].
+        result = FeatureEntries(*(nn.Parameter(x, requires_grad=False) for x in (entries, weight)), overlap)
+    if type(entries) is torch.Tensor:
+        _PRODUCT_TENSORS[key] = result
+    return result
+
+
 class PackedPlaces(NamedTuple):
     """
     How features are found among all products of coordinates, `(W * W,)`, as the fused kernels have them.
@@ -557,6 +592,7 @@ def grassmann_memory_recurrent(
     positions: torch.Tensor | None = None,
     initial_state: MemoryState | None = None,
     kernel: str = "binet_cauchy",
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, MemoryState]:
     """[`grassmann_memory`] token by token, `S_t = a_t S_{t-1} + φ(K_t) v_tᵀ`: the decoding step for one token."""
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
@@ -565,6 +601,9 @@ def grassmann_memory_recurrent(
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
     square, coordinates = square_tensors(KERNELS[kernel], query), KERNELS[kernel].coordinates
+    # The fused step has no gradients, and computes in float32.
+    fused = backend == "triton" and square is not None and not torch.is_grad_enabled()
+    fused = fused and values.dtype == torch.float32
     if initial_state is not None:
         memory = initial_state.memory.to(values.dtype)
     else:
@@ -575,11 +614,16 @@ def grassmann_memory_recurrent(
         for t in range(values.shape[1]):
             real, follows = positions[:, t] != NO_POSITION, positions[:, t] == last + 1
             factor = torch.where(follows[:, None], log_decay[:, t].exp(), 0)
-            factor = torch.where(real[:, None], factor, 1)[..., None, None]  # (B, H, 1, 1)
-            written = write(coordinates(key[:, t, ..., None]), values[:, t, :, None], square)  # (B, H, F, dv)
-            memory = written.addcmul_(factor, memory)
-            outputs.append(read(coordinates(query[:, t, ..., None]), memory, square)[:, :, 0])  # (B, H, dv)
+            factor = torch.where(real[:, None], factor, 1)  # (B, H)
             last = torch.where(real, positions[:, t], last)
+            if fused:
+                entries = feature_entries(kernel, operator.index(query.shape[-1]), query.device)
+                output, memory = memory_step(query[:, t], key[:, t], values[:, t], factor, memory, *entries, kernel)
+            else:
+                written = write(coordinates(key[:, t, ..., None]), values[:, t, :, None], square)  # (B, H, F, dv)
+                memory = written.addcmul_(factor[..., None, None], memory)
+                output = read(coordinates(query[:, t, ..., None]), memory, square)[:, :, 0]  # (B, H, dv)
+            outputs.append(output)
     return torch.stack(outputs, dim=1).to(dtype), MemoryState(memory, last)
 
 
@@ -733,10 +777,12 @@ def grassmann_memory(
         ValueError: for an unknown kernel, or shapes that do not fit together.
     """
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
-    if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
-        output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)
-        return output, state if output_final_state else None
     backend = choose_memory_backend(backend, values, kernel, query.shape[-1])
+    if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
+        output, state = grassmann_memory_recurrent(
+            query, key, values, log_decay, positions, initial_state, kernel, backend
+        )
+        return output, state if output_final_state else None
     with without_autocast(values.device):
         return grassmann_memory_chunked(
             query, key, values, log_decay, positions, initial_state, kernel, chunk_size, output_final_state, backend

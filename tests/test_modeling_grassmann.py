@@ -66,7 +66,8 @@ def test_the_code_of_a_checkpoint_lies_in_its_folder_and_one_above_for_the_train
     package = Path(modeling_grassmann.__file__).parent
     modules = {"cache_grassmann.py", "checkpoint_grassmann.py", "configuration_grassmann.py", "modeling_grassmann.py"}
     modules |= {"frames_triton.py", "grassmann_memory.py", "grassmann_memory_triton.py", "loss_grassmann.py"}
-    modules |= {"memory_mixer.py", "memory_states_triton.py", "plucker.py", "plucker_triton.py"}
+    modules |= {"memory_mixer.py", "memory_states_triton.py", "memory_step_triton.py", "plucker.py"}
+    modules |= {"plucker_triton.py"}
     model = make_model()
     for name, above in (("checkpoint-best", False), ("checkpoint-10", True)):
         model.save_pretrained(tmp_path / name / name)
