@@ -42,12 +42,9 @@ class Split(torch.autograd.Function):
     """Parts of `(B, T, width)`, views of some sizes, without what is left over; their gradients are joined at once."""
 
     @staticmethod
-    def forward(joined, *sizes):
-        return joined.split([*sizes, joined.shape[-1] - sum(sizes)], dim=-1)[:-1]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.width = inputs[0].shape[-1]
+    def forward(ctx, joined, *sizes):
+        ctx.width = joined.shape[-1]
+        return joined.split([*sizes, ctx.width - sum(sizes)], dim=-1)[:-1]
 
     @staticmethod
     def backward(ctx, *gradients):
