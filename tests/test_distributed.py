@@ -130,11 +130,12 @@ def curve(folder, *names):
 def assert_same_curve(folder, expected):
     actual, expected = curve(folder), curve(expected)
     assert len(actual) == len(expected) > 9
-    for entry, expected_entry in zip(actual, expected):
+    for index, (entry, expected_entry) in enumerate(zip(actual, expected)):
         assert entry.keys() == expected_entry.keys()
+        # The same sums in another order. How fast their rounding grows while the loss rises again is the processor's.
+        rel = 1e-4 if index < 8 else 1e-3
         for name, value in entry.items():
-            # The same sums in another order, and nine steps in which rounding grows, most of all in the norm.
-            assert value == pytest.approx(expected_entry[name], rel=1e-3 if name == "grad_norm" else 1e-4), name
+            assert value == pytest.approx(expected_entry[name], rel=rel), (index, name)
 
 
 @pytest.fixture(scope="module")
