@@ -9,8 +9,16 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .grassmann_memory import KERNELS, MemoryState, grassmann_memory
+from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory
 from .plucker import NO_POSITION
+
+
+# Optional packages are imported inside of `try`: Transformers demands what it finds elsewhere in a file that travels
+# with a checkpoint.
+try:
+    from .memory_step_triton import memory_step
+except ImportError:
+    memory_step = None
 
 
 class StateCacheLayer(CacheLayerMixin):
@@ -200,14 +208,14 @@ class PluckerCacheLayer(StateCacheLayer):
 class MemoryCacheLayer(StateCacheLayer):
     """
     What a Grassmann memory remembers: its state `(B, H, F, dv)` in `keys`, the position of each row's last real token
-    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`. Where keys are convolved, also
+    `(B,)` in `values`, and that of its last token, padding or not, `(B, 1)` in `last`. For the convolution of keys,
     the vectors of the last tokens `(B, window, W)` in `tail`, and their positions `(B, window)` in `tail_positions`.
 
     Recorded tokens are kept beside the state they came after; when some are taken back, the others are written again.
     """
 
     _layer_type = "grassmann_memory"
-    STATE = ("keys", "values", "last")
+    STATE = ("keys", "values", "last", "tail", "tail_positions")
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -226,18 +234,17 @@ class MemoryCacheLayer(StateCacheLayer):
         self, key_states: torch.Tensor, positions: torch.Tensor, window: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `T` tokens behind the `window` tokens that precede them: to be called before [`update`] if keys are convolved.
+        `T` tokens behind the `window` tokens that precede them: to be called before [`update`].
 
         Args:
             key_states (`torch.Tensor` of shape `(B, T, W)`): what the convolution takes.
             positions (integer `torch.Tensor` of shape `(B, T)`): positions.
-            window (`int`): how many tokens the convolution looks back.
+            window (`int`): how many tokens the convolution looks back, 0 for none.
 
         Returns:
             Vectors of shape `(B, window + T, W)` and positions of shape `(B, window + T)`.
         """
         if not self.is_initialized:
-            self.STATE = (*MemoryCacheLayer.STATE, "tail", "tail_positions")
             self.tail = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
             self.tail_positions = positions.new_full((positions.shape[0], window), NO_POSITION)
         both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
@@ -246,8 +253,9 @@ class MemoryCacheLayer(StateCacheLayer):
             recorded = self.recorded_tail
             new = (key_states, positions)
             self.recorded_tail = [torch.cat(pair, dim=1) for pair in zip(recorded, new)] if recorded else list(both)
-        self.tail.copy_(both[0][:, -window:])
-        self.tail_positions.copy_(both[1][:, -window:])
+        length = key_states.shape[1]
+        self.tail.copy_(both[0][:, length:])
+        self.tail_positions.copy_(both[1][:, length:])
         return both
 
     def update(
@@ -286,6 +294,52 @@ class MemoryCacheLayer(StateCacheLayer):
         self.cumulative_length.add_(value_states.shape[1])
         return output, self.keys
 
+    @property
+    def can_step(self) -> bool:
+        """Whether [`step`] can take a token, if its kernels can: there is a float32 state, to be updated in place."""
+        return self.is_initialized and not self.record_past and self.dtype == torch.float32
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        decay: torch.Tensor,
+        positions: torch.Tensor,
+        key_conv: torch.Tensor | None,
+        decay_bias: torch.Tensor,
+        reduced_size: int,
+        eps: float,
+    ) -> torch.Tensor:
+        """
+        [`with_past`] and [`update`] for one token in fused kernels, from its projections; arguments are those of
+        `memory_step_triton.memory_step`.
+
+        Returns:
+            What was read, `(B, 1, H, dv)`.
+        """
+        output = memory_step(
+            query,
+            key_states,
+            value_states,
+            decay,
+            positions,
+            key_states[0, :0] if key_conv is None else key_conv,
+            decay_bias,
+            self.keys,
+            self.values,
+            self.tail,
+            self.tail_positions,
+            *feature_entries(self.kernel, reduced_size, key_states.device),
+            eps,
+            self.kernel,
+        )
+        # Not in the kernels: PyTorch 2.13 compiles positions that are counted on from `last` for each layer anew, also
+        # for those behind the first one, where an operator would have changed it.
+        self.last.copy_(positions)
+        self.cumulative_length.add_(1)
+        return output
+
     def last_positions(self) -> torch.Tensor:
         return self.last
 
@@ -316,8 +370,7 @@ class MemoryCacheLayer(StateCacheLayer):
         if self.is_initialized:
             self.values.fill_(NO_POSITION)
             self.last.fill_(NO_POSITION)
-            if "tail" in self.STATE:
-                self.tail_positions.fill_(NO_POSITION)
+            self.tail_positions.fill_(NO_POSITION)
 
     def map_state(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_state(function)

@@ -58,7 +58,6 @@ try:
     from .frames_triton import orthonormalise_triton
     from .grassmann_memory_triton import coordinates_width, memory_pairs_triton, prefix_sums_op, why_not_triton
     from .memory_states_triton import read_states, write_states
-    from .memory_step_triton import memory_step
 except ImportError:
     memory_pairs_triton = None
 
@@ -592,7 +591,6 @@ def grassmann_memory_recurrent(
     positions: torch.Tensor | None = None,
     initial_state: MemoryState | None = None,
     kernel: str = "binet_cauchy",
-    backend: str = "torch",
 ) -> tuple[torch.Tensor, MemoryState]:
     """[`grassmann_memory`] token by token, `S_t = a_t S_{t-1} + φ(K_t) v_tᵀ`: the decoding step for one token."""
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
@@ -601,9 +599,6 @@ def grassmann_memory_recurrent(
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
     square, coordinates = square_tensors(KERNELS[kernel], query), KERNELS[kernel].coordinates
-    # The fused step has no gradients, and computes in float32.
-    fused = backend == "triton" and square is not None and not torch.is_grad_enabled()
-    fused = fused and values.dtype == torch.float32
     if initial_state is not None:
         memory = initial_state.memory.to(values.dtype)
     else:
@@ -616,14 +611,9 @@ def grassmann_memory_recurrent(
             factor = torch.where(follows[:, None], log_decay[:, t].exp(), 0)
             factor = torch.where(real[:, None], factor, 1)  # (B, H)
             last = torch.where(real, positions[:, t], last)
-            if fused:
-                entries = feature_entries(kernel, operator.index(query.shape[-1]), query.device)
-                output, memory = memory_step(query[:, t], key[:, t], values[:, t], factor, memory, *entries, kernel)
-            else:
-                written = write(coordinates(key[:, t, ..., None]), values[:, t, :, None], square)  # (B, H, F, dv)
-                memory = written.addcmul_(factor[..., None, None], memory)
-                output = read(coordinates(query[:, t, ..., None]), memory, square)[:, :, 0]  # (B, H, dv)
-            outputs.append(output)
+            written = write(coordinates(key[:, t, ..., None]), values[:, t, :, None], square)  # (B, H, F, dv)
+            memory = written.addcmul_(factor[..., None, None], memory)
+            outputs.append(read(coordinates(query[:, t, ..., None]), memory, square)[:, :, 0])  # (B, H, dv)
     return torch.stack(outputs, dim=1).to(dtype), MemoryState(memory, last)
 
 
@@ -779,9 +769,7 @@ def grassmann_memory(
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
     backend = choose_memory_backend(backend, values, kernel, query.shape[-1])
     if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
-        output, state = grassmann_memory_recurrent(
-            query, key, values, log_decay, positions, initial_state, kernel, backend
-        )
+        output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)
         return output, state if output_final_state else None
     with without_autocast(values.device):
         return grassmann_memory_chunked(

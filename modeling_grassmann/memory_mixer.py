@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .grassmann_memory import KERNELS, grassmann_memory, orthonormalise
-from .plucker import NO_POSITION, are_plain, choose_backend, is_pair, positions_with_boundaries, shift
+from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, orthonormalise
+from .plucker import NO_POSITION, are_plain, choose_backend, positions_with_boundaries
 
 
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -70,13 +70,15 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
     Returns:
         `torch.Tensor` of shape `(B, T, W)`.
     """
-    reach = weight.shape[0] - 1
-    length = vectors.shape[1] - reach
+    reach, length = weight.shape[0] - 1, vectors.shape[1]
     result = vectors[:, reach:] * weight[0]
     for distance in range(1, reach + 1):
-        earlier = shift(vectors, distance, length)
+        tokens = slice(reach - distance, length - distance)
+        earlier = vectors[:, tokens]
         if positions is not None:
-            earlier = torch.where(is_pair(positions, distance, length)[..., None], earlier, 0)
+            # Padding is further away.
+            follows = positions[:, reach:] - positions[:, tokens] == distance
+            earlier = torch.where(follows[..., None], earlier, 0)
         result = result + earlier * weight[distance]
     return result
 
@@ -200,16 +202,21 @@ class MemoryMixer(nn.Module):
 
     def convolved(self, key: torch.Tensor, positions: torch.Tensor | None, past_key_values) -> torch.Tensor:
         """Vectors of keys after the convolution: `(B, T, W)` -> `(B, T, W)`."""
-        if self.key_conv is None:
-            return key
-        reach = self.key_conv.shape[0] - 1
+        reach = 0 if self.key_conv is None else self.key_conv.shape[0] - 1
         if past_key_values is not None:
             key, positions = past_key_values.layers[self.layer_idx].with_past(key, positions, reach)
-        else:
+        elif reach > 0:
             key = F.pad(key, (0, 0, reach, 0))  # (B, reach + T, W)
             if positions is not None:
                 positions = F.pad(positions, (reach, 0), value=NO_POSITION)
-        return convolve(key, positions, self.key_conv)
+        return key if self.key_conv is None else convolve(key, positions, self.key_conv)
+
+    def can_step(self, values: torch.Tensor, state) -> bool:
+        """Whether fused kernels, which have no gradients, take values `(B, T, H, dv)` to a decoding state."""
+        if state is None or not state.can_step or values.shape[1] != 1 or torch.is_grad_enabled():
+            return False
+        backend = choose_memory_backend(self.backend, values, self.kernel, self.reduced_size)
+        return backend == "triton" and KERNELS[self.kernel].square is not None
 
     def forward(
         self,
@@ -234,16 +241,18 @@ class MemoryMixer(nn.Module):
         if cu_seqlens is not None:
             positions = positions_with_boundaries(positions, cu_seqlens, hidden_states)
         query, key, values, gate, decay = self.project(hidden_states)
-        query, key = self.frames(query), self.frames(self.convolved(key, positions, past_key_values))
         values = values.unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
-        log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
-        if past_key_values is None:
-            output, _ = grassmann_memory(
-                query, key, values, log_decay, positions, kernel=self.kernel, backend=self.backend
-            )
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if self.can_step(values, state):
+            weights = self.key_conv, self.decay_bias
+            output = state.step(query, key, values, decay, positions, *weights, self.reduced_size, self.plucker_eps)
         else:
-            output, _ = past_key_values.update(
-                key, values, self.layer_idx, query=query, log_decay=log_decay, positions=positions, kernel=self.kernel
-            )
+            query, key = self.frames(query), self.frames(self.convolved(key, positions, past_key_values))
+            log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
+            options = {"query": query, "log_decay": log_decay, "positions": positions, "kernel": self.kernel}
+            if state is None:
+                output, _ = grassmann_memory(key=key, values=values, backend=self.backend, **options)
+            else:
+                output, _ = past_key_values.update(key, values, self.layer_idx, **options)
         # (B, T, H, dv) -> (B, T, H * dv) -> (B, T, d)
         return self.out_proj(F.silu(gate) * self.norm(output).flatten(-2))

@@ -1,11 +1,15 @@
 # Copyright 2026 The modeling_grassmann authors.
 # SPDX-License-Identifier: Apache-2.0
-r"""The decoding step of the Grassmann memory in one Triton kernel, without Transformers.
+r"""A decoding step of a memory layer in two Triton kernels, without Transformers.
 
-[`memory_step`] writes a token into the state of squared similarities, and reads it:
-:math:`S' = a S + \varphi(K) v^\top` and :math:`o = S'^\top \varphi(Q)`, where the features φ are
-`grassmann_memory.Products` of two coordinates each. They are made in registers, so that the state is read and written
-once, and nothing else is as large.
+[`memory_step`] takes one token of each row from its projections to what its heads read, and updates a decoding state
+in place:
+
+- [`token_kernel`] convolves keys, makes frames and decays, and moves the window of the convolution on;
+- [`state_kernel`] writes the token into the state of squared similarities and reads it,
+  :math:`S' = a S + \varphi(K) v^\top` and :math:`o = S'^\top \varphi(Q)`, where the features φ are
+  `grassmann_memory.Products` of two coordinates each. They are made in registers, so that the state is read and
+  written once, and nothing else is as large.
 """
 
 import re
@@ -13,7 +17,7 @@ import re
 import torch
 
 from .grassmann_memory_triton import KERNELS
-from .plucker_triton import ceil_div
+from .plucker_triton import NO_POSITION, ceil_div, unit_direction, unit_tangent
 
 
 # As in `grassmann_memory_triton.py`.
@@ -27,6 +31,84 @@ except ImportError:
 # Features and channels of a state that a program holds at a time.
 BLOCK, BLOCK_V = 128, 16
 NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@triton.jit
+def orthonormal(first, second, eps):
+    """Frames of planes, zeros where two vectors span none: twice `(BLOCK_H, BLOCK_R)` -> the same."""
+    direction, inverse = unit_direction(first)
+    tangent, _, inverse_tangent = unit_tangent(direction, second, inverse > 0, eps)
+    return tl.where((inverse_tangent > 0)[:, None], direction, 0.0), tangent
+
+
+@triton.jit
+def token_kernel(
+    query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, frames, factor,
+    query_stride, key_stride, decay_stride, position_stride, eps,
+    H: tl.constexpr, r: tl.constexpr, VECTORS: tl.constexpr, WINDOW: tl.constexpr, NO_POSITION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """
+    One token of one row: frames `(2, B, H, m, r)` of its queries and keys, and what `(B, H)` states are multiplied by.
+    Places of `tail` are read before they are written, in the order of one warp's instructions.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_R)
+    WIDTH: tl.constexpr = H * VECTORS * r
+    place = (head * (VECTORS * r))[:, None] + column[None, :]
+    inside = (head < H)[:, None] & (column < r)[None, :]
+    now = tl.load(positions + row * position_stride)
+    before = tl.load(position + row)
+    real = now != NO_POSITION
+    tail += row * (WINDOW * WIDTH)
+    tail_positions += row * WINDOW
+
+    for vector in tl.static_range(VECTORS):
+        x = tl.load(query + row * query_stride + vector * r + place, mask=inside & real, other=0.0).to(tl.float32)
+        new = tl.load(key + row * key_stride + vector * r + place, mask=inside, other=0.0)
+        y = new.to(tl.float32)
+        if WINDOW > 0:
+            y *= tl.load(key_conv + vector * r + place, mask=inside, other=0.0).to(tl.float32)
+        for distance in tl.static_range(1, WINDOW + 1):
+            earlier = tl.load(tail + (WINDOW - distance) * WIDTH + vector * r + place, mask=inside, other=0.0)
+            weight = tl.load(key_conv + distance * WIDTH + vector * r + place, mask=inside, other=0.0).to(tl.float32)
+            # Padding is further away.
+            follows = now - tl.load(tail_positions + (WINDOW - distance)) == distance
+            y += tl.where(follows, earlier.to(tl.float32), 0.0) * weight
+        for step in tl.static_range(WINDOW):
+            moved = new
+            if step + 1 < WINDOW:
+                moved = tl.load(tail + (step + 1) * WIDTH + vector * r + place, mask=inside, other=0.0)
+            tl.store(tail + step * WIDTH + vector * r + place, moved.to(tail.dtype.element_ty), mask=inside)
+        y = tl.where(real, y, 0.0)
+        if vector == 0:
+            query_first, query_second, key_first, key_second = x, x, y, y
+        else:
+            query_second, key_second = x, y
+    for step in tl.static_range(WINDOW):
+        moved = now
+        if step + 1 < WINDOW:
+            moved = tl.load(tail_positions + step + 1)
+        tl.store(tail_positions + step, moved)
+
+    if VECTORS == 2:
+        query_first, query_second = orthonormal(query_first, query_second, eps)
+        key_first, key_second = orthonormal(key_first, key_second, eps)
+    frames += row * WIDTH + place
+    key_frames = frames + tl.num_programs(0).to(tl.int64) * WIDTH
+    tl.store(frames, query_first, mask=inside)
+    tl.store(key_frames, key_first, mask=inside)
+    if VECTORS == 2:
+        tl.store(frames + r, query_second, mask=inside)
+        tl.store(key_frames + r, key_second, mask=inside)
+
+    x = tl.load(decay + row * decay_stride + head, mask=head < H, other=0.0).to(tl.float32)
+    x += tl.load(decay_bias + head, mask=head < H, other=0.0).to(tl.float32)
+    # e^-softplus(x), and nothing is left of another sequence; padding leaves the state as it is.
+    a = tl.where(now == before + 1, 1 / (1 + tl.exp(x)), 0.0)
+    tl.store(factor + row * H + head, tl.where(real, a, 1.0), mask=head < H)
+    tl.store(position + row, tl.where(real, now, before))
 
 
 @triton.jit
@@ -64,71 +146,99 @@ def features(
 
 
 @triton.jit
-def step_kernel(
-    query, key, values, factor, memory, entries, weight, output, new_memory,
-    OVERLAP: tl.constexpr, F: tl.constexpr, r: tl.constexpr, dv: tl.constexpr, KIND: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+def state_kernel(
+    frames, values, factor, positions, memory, entries, weight, output, values_stride, position_stride,
+    OVERLAP: tl.constexpr, F: tl.constexpr, H: tl.constexpr, r: tl.constexpr, dv: tl.constexpr, KIND: tl.constexpr,
+    NO_POSITION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One head's state of one row, for some channels."""
     sequence = tl.program_id(0).to(tl.int64)
+    row, head = sequence // H, sequence % H
     channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    VECTORS: tl.constexpr = 2 if KIND == "wedge" else 1
-    query += sequence * (VECTORS * r)
-    key += sequence * (VECTORS * r)
-    v = tl.load(values + sequence * dv + channel, mask=channel < dv, other=0.0)
+    SIZE: tl.constexpr = 2 * r if KIND == "wedge" else r
+    query = frames + sequence * SIZE
+    key = query + tl.num_programs(0).to(tl.int64) * SIZE
+    real = tl.load(positions + row * position_stride) != NO_POSITION
+    v = tl.load(values + row * values_stride + head * dv + channel, mask=real & (channel < dv), other=0.0)
+    v = v.to(tl.float32)
     a = tl.load(factor + sequence)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, F, BLOCK):
         feature = start + tl.arange(0, BLOCK)
         written = features(key, entries, weight, feature, OVERLAP, F, r, KIND)
         read = features(query, entries, weight, feature, OVERLAP, F, r, KIND)
-        place = (sequence * F + feature)[:, None] * dv + channel[None, :]
+        place = memory + (sequence * F + feature)[:, None] * dv + channel[None, :]
         mask = (feature < F)[:, None] & (channel < dv)[None, :]
-        state = a * tl.load(memory + place, mask=mask, other=0.0) + written[:, None] * v[None, :]
-        tl.store(new_memory + place, state, mask=mask)
+        state = a * tl.load(place, mask=mask, other=0.0) + written[:, None] * v[None, :]
+        tl.store(place, state, mask=mask)
         total += tl.sum(read[:, None] * state, axis=0)
-    tl.store(output + sequence * dv + channel, total, mask=channel < dv)
+    tl.store(output + sequence * dv + channel, total.to(output.dtype.element_ty), mask=channel < dv)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::memory_step", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::memory_step", mutates_args=("memory", "position", "tail", "tail_positions"))
 def memory_step(
     query: torch.Tensor,
     key: torch.Tensor,
     values: torch.Tensor,
-    factor: torch.Tensor,
+    decay: torch.Tensor,
+    positions: torch.Tensor,
+    key_conv: torch.Tensor,
+    decay_bias: torch.Tensor,
     memory: torch.Tensor,
+    position: torch.Tensor,
+    tail: torch.Tensor,
+    tail_positions: torch.Tensor,
     entries: torch.Tensor,
     weight: torch.Tensor,
     overlap: int,
+    eps: float,
     kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
-    Write a token and read the state that it leaves, without gradients; all tensors but `entries` in float32.
+    Write a token and read the state that it leaves, without gradients.
 
     Args:
-        query, key (`torch.Tensor` of shape `(B, H, m, r)`): frames, zeros where nothing is written.
-        values (`torch.Tensor` of shape `(B, H, dv)`): what is written.
-        factor (`torch.Tensor` of shape `(B, H)`): what the state is multiplied by.
-        memory (`torch.Tensor` of shape `(B, H, F, dv)`): the state.
-        entries (`torch.IntTensor` of shape `(4, F)`): entries of frames in the two factors of each product.
-        weight (`torch.Tensor` of shape `(F,)`), overlap (`int`): see `grassmann_memory.Products`.
+        query, key (`torch.Tensor` of shape `(B, 1, H * m * r)`): vectors that span planes, or are what is compared.
+        values (`torch.Tensor` of shape `(B, 1, H, dv)`): what is written.
+        decay (`torch.Tensor` of shape `(B, 1, H)`), decay_bias (`torch.Tensor` of shape `(H,)`): log decays are
+            `-softplus(decay + decay_bias)`.
+        positions (integer `torch.Tensor` of shape `(B, 1)`): of the tokens.
+        key_conv (`torch.Tensor` of shape `(n, H * m * r)`): weights of the convolution of keys, those of the token
+            first; `(0, H * m * r)` for none.
+        memory (float32 `torch.Tensor` of shape `(B, H, F, dv)`), position (integer `torch.Tensor` of shape `(B,)`),
+            tail (`torch.Tensor` of shape `(B, n - 1, H * m * r)`), tail_positions (integer `torch.Tensor` of shape
+            `(B, n - 1)`): the state, all of it contiguous, see `cache_grassmann.MemoryCacheLayer`.
+        entries (`torch.IntTensor` of shape `(4, F)`), weight (`torch.Tensor` of shape `(F,)`), overlap (`int`): see
+            `grassmann_memory.FeatureEntries`.
+        eps (`float`): sine of the angle up to which two vectors are parallel.
         kernel (`str`): the name of a kernel that is a square.
 
     Returns:
-        What is read, `(B, H, dv)`, and the new state.
+        What is read, `(B, 1, H, dv)`, in the type of `values`.
     """
     batch, num_heads, num_features, value_size = memory.shape
-    output = torch.empty_like(values, memory_format=torch.contiguous_format)
-    new_memory = torch.empty_like(memory, memory_format=torch.contiguous_format)
-    if memory.numel():
-        step_kernel[(batch * num_heads, ceil_div(value_size, BLOCK_V))](
-            query.contiguous(), key.contiguous(), values.contiguous(), factor.contiguous(), memory.contiguous(),
-            entries, weight, output, new_memory, OVERLAP=overlap, F=num_features, r=query.shape[-1], dv=value_size,
-            KIND=KERNELS[kernel][0], BLOCK=BLOCK, BLOCK_V=BLOCK_V,
-        )  # fmt: skip
-    return output, new_memory
+    kind = KERNELS[kernel][0]
+    vectors = 2 if kind == "wedge" else 1
+    r = query.shape[-1] // (num_heads * vectors)
+    output = values.new_empty(batch, 1, num_heads, value_size)
+    if not batch:
+        return output
+    frames = memory.new_empty(2, batch, num_heads, vectors, r)
+    factor = memory.new_empty(batch, num_heads)
+    token_kernel[(batch,)](
+        query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, frames, factor,
+        query.stride(0), key.stride(0), decay.stride(0), positions.stride(0), eps,
+        H=num_heads, r=r, VECTORS=vectors, WINDOW=tail.shape[1], NO_POSITION=NO_POSITION,
+        BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_R=triton.next_power_of_2(r), num_warps=1,
+    )  # fmt: skip
+    state_kernel[(batch * num_heads, ceil_div(value_size, BLOCK_V))](
+        frames, values, factor, positions, memory, entries, weight, output, values.stride(0), positions.stride(0),
+        OVERLAP=overlap, F=num_features, H=num_heads, r=r, dv=value_size, KIND=kind, NO_POSITION=NO_POSITION,
+        BLOCK=BLOCK, BLOCK_V=BLOCK_V,
+    )  # fmt: skip
+    return output
 
 
 @memory_step.register_fake
-def _(query, key, values, factor, memory, entries, weight, overlap, kernel):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (values, memory))
+def _(query, key, values, decay, positions, key_conv, decay_bias, memory, *state_and_options):
+    return values.new_empty(values.shape[0], 1, memory.shape[1], memory.shape[3])

@@ -5,7 +5,6 @@ import torch
 
 from modeling_grassmann.grassmann_memory import (
     KERNELS,
-    NO_POSITION,
     MemoryState,
     grassmann_memory,
     grassmann_memory_recurrent,
@@ -145,34 +144,3 @@ def test_equal_inputs_give_equal_bits():
         for _ in range(2)
     ]
     assert all(torch.equal(first, second) for first, second in zip(*results))
-
-
-# More features than a program holds at a time, and values of more channels.
-@pytest.mark.parametrize(
-    "kernel, r, value_size", [("binet_cauchy", 2, 3), ("binet_cauchy", 8, 24), ("inner_squared", 6, 16)]
-)
-def test_a_step_is_the_recurrence_in_float64(kernel, r, value_size):
-    query, key, values, log_decay = make_inputs(kernel, r, batch=3, length=1, value_size=value_size)
-    memory = torch.randn(3, 2, KERNELS[kernel].num_features(r), value_size, device=DEVICE)
-    # One row goes on, one starts a sequence, one has padding.
-    state, positions = MemoryState(memory, torch.tensor([4, 4, 4], device=DEVICE)), [[5], [0], [NO_POSITION]]
-    positions = torch.tensor(positions, device=DEVICE)
-    with torch.no_grad():
-        output, (new, last) = grassmann_memory(
-            query, key, values, log_decay, positions, state, kernel, output_final_state=True, backend="triton"
-        )
-    exact = [x.double() for x in (query, key, values, log_decay)]
-    expected, (new_expected, last_expected) = grassmann_memory_recurrent(
-        *exact, positions, MemoryState(memory.double(), state.position), kernel
-    )
-    assert_close([output, new], [expected, new_expected], 1e-6)
-    assert torch.equal(last, last_expected)
-    assert torch.equal(new[2], memory[2]) and not output[2].any()
-
-
-def test_a_step_with_gradients_is_left_to_plain_torch():
-    inputs = [x.requires_grad_() for x in make_inputs("binet_cauchy", 4, length=1)]
-    memory = torch.randn(2, 2, KERNELS["binet_cauchy"].num_features(4), 6, device=DEVICE)
-    state = MemoryState(memory, torch.zeros(2, dtype=torch.long, device=DEVICE))
-    output, _ = grassmann_memory(*inputs, None, state, "binet_cauchy", backend="triton")
-    assert all(gradient.any() for gradient in torch.autograd.grad(output.sum(), inputs))
