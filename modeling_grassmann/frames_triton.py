@@ -16,7 +16,7 @@ import re
 
 import torch
 
-from .plucker_triton import ceil_div, unit_direction, unit_tangent
+from .plucker_triton import ceil_div, on_own_device, unit_direction, unit_tangent
 
 
 # Optional packages are imported inside of `try`: Transformers demands what it finds elsewhere in a file that travels
@@ -110,6 +110,7 @@ def launch(vectors: torch.Tensor) -> tuple[tuple[int], list[int], dict[str, int]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::frames", mutates_args=())
+@on_own_device
 def frames_op(vectors: torch.Tensor, eps: float) -> torch.Tensor:
     """[`orthonormalise_triton`]."""
     frames = torch.empty_like(vectors, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -126,6 +127,7 @@ def _(vectors, eps):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::frames_backward", mutates_args=())
+@on_own_device
 def frames_backward_op(grad: torch.Tensor, vectors: torch.Tensor, eps: float) -> torch.Tensor:
     """Gradient of the vectors of [`frames_op`], in their type."""
     result = torch.empty_like(vectors, memory_format=torch.contiguous_format)

@@ -39,7 +39,7 @@ import re
 
 import torch
 
-from .plucker_triton import DTYPES, INTERPRETED, ceil_div, unit_stride
+from .plucker_triton import DTYPES, INTERPRETED, ceil_div, on_own_device, unit_stride
 
 
 # Optional packages are imported inside of `try`: Transformers demands what it finds elsewhere in a file that travels
@@ -761,6 +761,7 @@ def pairs_options(query, values, segment, kernel, num_blocks):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::prefix_sums", mutates_args=())
+@on_own_device
 def prefix_sums_op(x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
     """
     Sums up to each place of the last dimension, or from each place on. An operator of its own, as PyTorch 2.11 fails
@@ -787,6 +788,7 @@ prefix_sums_op.register_autograd(prefix_sums_backward, setup_context=save_direct
 
 
 @torch.library.custom_op(f"{NAMESPACE}::memory_pairs", mutates_args=())
+@on_own_device
 def memory_pairs_op(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -836,6 +838,7 @@ def _(query, key, values, log_decay, segment, kernel, chunk_size):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::memory_pairs_backward", mutates_args=())
+@on_own_device
 def memory_pairs_backward_op(
     grad: torch.Tensor,
     query_coordinates: torch.Tensor,

@@ -28,7 +28,7 @@ from .grassmann_memory_triton import (
     coordinates_width,
     dot_precision,
 )
-from .plucker_triton import ceil_div, unit_stride
+from .plucker_triton import ceil_div, on_own_device, unit_stride
 
 
 # As in `grassmann_memory_triton.py`.
@@ -203,6 +203,7 @@ def make_coordinates(frames: torch.Tensor, dtype: torch.dtype, kernel: str, chun
 
 
 @torch.library.custom_op(f"{NAMESPACE}::write_states", mutates_args=())
+@on_own_device
 def write_states(frames: torch.Tensor, values: torch.Tensor, kernel: str) -> torch.Tensor:
     """
     What the tokens of each chunk write.
@@ -235,6 +236,7 @@ def _(frames, values, kernel):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::read_states", mutates_args=())
+@on_own_device
 def read_states(
     frames: torch.Tensor, states: torch.Tensor, kernel: str, chunk_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -270,6 +272,7 @@ def _(frames, states, kernel, chunk_size, dtype):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::frames_grad", mutates_args=())
+@on_own_device
 def frames_grad(frames: torch.Tensor, vectors: torch.Tensor, states: torch.Tensor, kernel: str) -> torch.Tensor:
     """
     Gradient of frames, `(B, T, H, m, r)`, from symmetric states and what stands for `u` at the top of this file,

@@ -17,7 +17,7 @@ import re
 import torch
 
 from .grassmann_memory_triton import KERNELS
-from .plucker_triton import NO_POSITION, ceil_div, unit_direction, unit_tangent
+from .plucker_triton import NO_POSITION, ceil_div, on_own_device, unit_direction, unit_tangent
 
 
 # As in `grassmann_memory_triton.py`.
@@ -176,6 +176,7 @@ def state_kernel(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::memory_step", mutates_args=("memory", "position", "tail", "tail_positions"))
+@on_own_device
 def memory_step(
     query: torch.Tensor,
     key: torch.Tensor,

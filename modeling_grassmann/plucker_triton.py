@@ -19,7 +19,8 @@ a fixed order: the same inputs give the same bits.
 """
 
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 
@@ -516,6 +517,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def on_own_device(launch: Callable) -> Callable:
+    """A function that launches kernels, for tensors on any device: Triton's run on the current one."""
+
+    @wraps(launch)
+    def run(tensor, *args, **kwargs):
+        if not tensor.is_cuda:
+            return launch(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launch(tensor, *args, **kwargs)
+
+    return run
+
+
 def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
@@ -705,6 +719,7 @@ def in_places(grads, arguments, needed) -> list[torch.Tensor | None]:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_features", mutates_args=())
+@on_own_device
 def plucker_features_op(
     query: torch.Tensor,
     source: torch.Tensor | None,
@@ -731,6 +746,7 @@ def _(query, source, weight, bias, offset_weights, positions, offsets, eps, dtyp
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_features_backward", mutates_args=())
+@on_own_device
 def plucker_features_backward_op(
     grad: torch.Tensor,
     tangents: torch.Tensor,
@@ -818,6 +834,7 @@ def split_projected(projected, batch, hidden_size, num_heads, r, separate):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_mixer", mutates_args=())
+@on_own_device
 def plucker_mixer_op(
     rows: torch.Tensor,
     maps: torch.Tensor,
@@ -881,6 +898,7 @@ def _(rows, maps, biases, weight, bias, offset_weights, gate, norm_weight, norm_
 
 
 @torch.library.custom_op(f"{NAMESPACE}::plucker_mixer_backward", mutates_args=())
+@on_own_device
 def plucker_mixer_backward_op(
     grad: torch.Tensor,
     projected: torch.Tensor,

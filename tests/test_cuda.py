@@ -57,6 +57,19 @@ def test_decoding_with_cuda_graphs_gives_the_uncached_tokens(make_model, make_id
     assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_than_the_current_one_is_the_same(make_model, make_ids, flavour):
+    """As `device_map="auto"` has it for the layers that do not fit on the first device."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        model, ids = make_model(**flavour).to(device), make_ids(2, 40).to(device)
+        gradients = torch.autograd.grad(model(ids, labels=ids).loss, model.parameters())
+        results.append([model.generate(ids, max_new_tokens=5, do_sample=False), *gradients])
+    assert torch.cuda.current_device() == 0
+    for first, second in zip(*results):
+        assert torch.equal(first.cpu(), second.cpu())
+
+
 @pytest.mark.parametrize("stride", [8, 4])
 def test_window_features_and_gradients_on_the_gpu_equal_those_of_float64(stride):
     generator = torch.Generator().manual_seed(0)
