@@ -79,6 +79,22 @@ def locate(program, num_blocks, num_heads, num_chunks, chunk_size, length):
 
 
 @triton.jit
+def longest_first(num_blocks, num_heads, LAST_BLOCK_FIRST: tl.constexpr):
+    """
+    The program of [`locate`] whose turn it is. Long sums come first, so that short ones fill up the end: last heads
+    remember for longest, as they are initialised.
+    """
+    program = tl.program_id(0)
+    block = program % num_blocks
+    if LAST_BLOCK_FIRST:
+        block = num_blocks - 1 - block
+    num_chunks = tl.num_programs(0) // (num_blocks * num_heads)  # of all rows
+    chunk = program // num_blocks % num_chunks
+    head = num_heads - 1 - program // (num_blocks * num_chunks)
+    return (chunk * num_heads + head) * num_blocks + block
+
+
+@triton.jit
 def load_segments(pointers, mask):
     """Number of the sequence of each token, and whether it is real: padding has the complement of its number."""
     number = tl.load(pointers, mask=mask, other=-1)
@@ -398,8 +414,7 @@ def pairs_kernel(
     NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`Σ D_ts f(S_ts) v_s` for a block of tokens `t`."""
-    # Long sums first.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = longest_first(num_blocks, num_heads, LAST_BLOCK_FIRST=True)
     block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
     place = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_V)
@@ -454,7 +469,7 @@ def query_backward_kernel(
     NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """For a block of tokens `t`: the gradient of `x_t`, sums of `A_ts` times its gradient over `s < t`, their sum."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = longest_first(num_blocks, num_heads, LAST_BLOCK_FIRST=True)
     block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
     place = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_V)
@@ -524,9 +539,8 @@ def key_backward_kernel(
     NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """For a block of tokens `s`: the gradients of `y_s` and `v_s`, the sums of [`query_backward_kernel`] over `t`."""
-    block, sequence, row, head, first, size = locate(
-        tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
-    )
+    program = longest_first(num_blocks, num_heads, LAST_BLOCK_FIRST=False)
+    block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
     place = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_V)
     stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
