@@ -244,16 +244,17 @@ class MemoryCacheLayer(StateCacheLayer):
         Returns:
             Vectors of shape `(B, window + T, W)` and positions of shape `(B, window + T)`.
         """
+        batch_size, length, size = key_states.shape
+        positions = positions.expand(batch_size, length)
         if not self.is_initialized:
-            self.tail = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
-            self.tail_positions = positions.new_full((positions.shape[0], window), NO_POSITION)
+            self.tail = key_states.new_zeros(batch_size, window, size)
+            self.tail_positions = positions.new_full((batch_size, window), NO_POSITION)
         both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
         if self.record_past:
             # From the window before the first recorded token on.
             recorded = self.recorded_tail
             new = (key_states, positions)
             self.recorded_tail = [torch.cat(pair, dim=1) for pair in zip(recorded, new)] if recorded else list(both)
-        length = key_states.shape[1]
         self.tail.copy_(both[0][:, length:])
         self.tail_positions.copy_(both[1][:, length:])
         return both
@@ -294,11 +295,6 @@ class MemoryCacheLayer(StateCacheLayer):
         self.cumulative_length.add_(value_states.shape[1])
         return output, self.keys
 
-    @property
-    def can_step(self) -> bool:
-        """Whether [`step`] can take a token, if its kernels can: there is a float32 state, to be updated in place."""
-        return self.is_initialized and not self.record_past and self.dtype == torch.float32
-
     def step(
         self,
         query: torch.Tensor,
@@ -308,34 +304,50 @@ class MemoryCacheLayer(StateCacheLayer):
         positions: torch.Tensor,
         key_conv: torch.Tensor | None,
         decay_bias: torch.Tensor,
-        reduced_size: int,
         eps: float,
+        kernel: str,
     ) -> torch.Tensor:
         """
-        [`with_past`] and [`update`] for one token in fused kernels, from its projections; arguments are those of
-        `memory_step_triton.memory_step`.
+        [`with_past`] and [`update`] for one token in fused kernels, from its projections, with a float32 state and
+        without recording; arguments are those of `memory_step_triton.memory_step`.
 
         Returns:
             What was read, `(B, 1, H, dv)`.
+
+        Raises:
+            ValueError: if the state is that of another layer or batch.
         """
+        batch_size, _, num_heads, value_size = value_states.shape
+        size, window = key_states.shape[-1], 0 if key_conv is None else key_conv.shape[0] - 1
+        reduced_size = size // (num_heads * KERNELS[kernel].num_vectors)
+        memory = (batch_size, num_heads, KERNELS[kernel].num_features(reduced_size), value_size)
+        tail, device = (batch_size, window, size), key_states.device
+        found = self.kernel, tuple(self.keys.shape), tuple(self.tail.shape), self.keys.device
+        if found != (kernel, memory, tail, device):
+            raise ValueError(
+                f"A token needs a state of kernel {kernel!r}, shapes {memory} and {tail}, on {device}; this one has "
+                f"{found[0]!r}, {found[1]} and {found[2]}, on {found[3]}. Decode each batch with a cache of its own."
+            )
+        if key_conv is None:
+            key_conv = key_states.new_empty(0, size)
         output = memory_step(
             query,
             key_states,
             value_states,
             decay,
-            positions,
-            key_states[0, :0] if key_conv is None else key_conv,
+            positions.expand(batch_size, 1),
+            key_conv,
             decay_bias,
             self.keys,
             self.values,
             self.tail,
             self.tail_positions,
-            *feature_entries(self.kernel, reduced_size, key_states.device),
+            *feature_entries(kernel, reduced_size, device),
             eps,
-            self.kernel,
+            kernel,
         )
-        # Not in the kernels: PyTorch 2.13 compiles positions that are counted on from `last` for each layer anew, also
-        # for those behind the first one, where an operator would have changed it.
+        # Not by the operator: `positions` may come from `last`, and PyTorch 2.13 compiles them anew for the layers
+        # behind this one, from what the operator would have left.
         self.last.copy_(positions)
         self.cumulative_length.add_(1)
         return output
@@ -358,7 +370,8 @@ class MemoryCacheLayer(StateCacheLayer):
             self.keys, self.values, self.last = state.memory, state.position, positions[:, -1:]
         if count and self.recorded_tail:
             window, end = self.tail.shape[1], self.recorded_tail[0].shape[1] - count
-            self.tail, self.tail_positions = (tensor[:, end - window : end] for tensor in self.recorded_tail)
+            tails = (tensor[:, end - window : end].contiguous() for tensor in self.recorded_tail)
+            self.tail, self.tail_positions = tails
         self.forget_recorded()
 
     def forget_recorded(self) -> None:

@@ -13,6 +13,8 @@ from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, 
 from .plucker import NO_POSITION, are_plain, choose_backend, positions_with_boundaries
 
 
+# Numbers of a vector for each head, up to which the fused step of decoding holds all in a warp.
+MAX_STEP_SIZE = 1024
 # A floor of 0.05 under the length of what is read, before softplus.
 INITIAL_FLOOR = math.log(math.expm1(0.05))
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
@@ -213,10 +215,12 @@ class MemoryMixer(nn.Module):
 
     def can_step(self, values: torch.Tensor, state) -> bool:
         """Whether fused kernels, which have no gradients, take values `(B, T, H, dv)` to a decoding state."""
-        if state is None or not state.can_step or values.shape[1] != 1 or torch.is_grad_enabled():
+        if state is None or not state.is_initialized or state.record_past or state.keys.dtype != torch.float32:
+            return False
+        if values.shape[1] != 1 or torch.is_grad_enabled() or KERNELS[self.kernel].square is None:
             return False
         backend = choose_memory_backend(self.backend, values, self.kernel, self.reduced_size)
-        return backend == "triton" and KERNELS[self.kernel].square is not None
+        return backend == "triton" and self.num_heads * self.reduced_size <= MAX_STEP_SIZE
 
     def forward(
         self,
@@ -244,8 +248,9 @@ class MemoryMixer(nn.Module):
         values = values.unflatten(-1, (self.num_heads, -1))  # (B, T, H, dv)
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if self.can_step(values, state):
-            weights = self.key_conv, self.decay_bias
-            output = state.step(query, key, values, decay, positions, *weights, self.reduced_size, self.plucker_eps)
+            weights = {"key_conv": self.key_conv, "decay_bias": self.decay_bias}
+            options = {"eps": self.plucker_eps, "kernel": self.kernel}
+            output = state.step(query, key, values, decay, positions, **weights, **options)
         else:
             query, key = self.frames(query), self.frames(self.convolved(key, positions, past_key_values))
             log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)

@@ -17,7 +17,7 @@ import re
 import torch
 
 from .grassmann_memory_triton import KERNELS
-from .plucker_triton import NO_POSITION, ceil_div, on_own_device, unit_direction, unit_tangent
+from .plucker_triton import NO_POSITION, ceil_div, on_own_device, unit_direction, unit_stride, unit_tangent
 
 
 # As in `grassmann_memory_triton.py`.
@@ -30,6 +30,8 @@ except ImportError:
 
 # Features and channels of a state that a program holds at a time.
 BLOCK, BLOCK_V = 128, 16
+# How much of the feature before goes into one of the overlapping features.
+OVERLAPPING = tl.constexpr(3**-0.5)
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
@@ -128,9 +130,9 @@ def products(frame, entries, weight, feature, F: tl.constexpr, r: tl.constexpr, 
     i = tl.load(entries + feature, mask=inside, other=0)
     j = tl.load(entries + F + feature, mask=inside, other=0)
     k = tl.load(entries + 2 * F + feature, mask=inside, other=0)
-    m = tl.load(entries + 3 * F + feature, mask=inside, other=0)
+    l = tl.load(entries + 3 * F + feature, mask=inside, other=0)  # noqa: E741
     first = coordinate(frame, i, j, inside, r, KIND)
-    second = coordinate(frame, k, m, inside, r, KIND)
+    second = coordinate(frame, k, l, inside, r, KIND)
     return first * second * tl.load(weight + feature, mask=inside, other=0.0)
 
 
@@ -138,10 +140,11 @@ def products(frame, entries, weight, feature, F: tl.constexpr, r: tl.constexpr, 
 def features(
     frame, entries, weight, feature, OVERLAP: tl.constexpr, F: tl.constexpr, r: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
+    """[`products`] and what overlaps, as in `grassmann_memory.Products`: `(BLOCK,)`."""
     result = products(frame, entries, weight, feature, F, r, KIND)
     if OVERLAP > 0:
         before = tl.where((feature >= F - OVERLAP) & (feature < F), feature - OVERLAP, -1)
-        result += 0.5773502691896258 * products(frame, entries, weight, before, F, r, KIND)
+        result += OVERLAPPING * products(frame, entries, weight, before, F, r, KIND)
     return result
 
 
@@ -218,14 +221,18 @@ def memory_step(
         What is read, `(B, 1, H, dv)`, in the type of `values`.
     """
     batch, num_heads, num_features, value_size = memory.shape
-    kind = KERNELS[kernel][0]
+    kind, _ = KERNELS[kernel]
     vectors = 2 if kind == "wedge" else 1
     r = query.shape[-1] // (num_heads * vectors)
     output = values.new_empty(batch, 1, num_heads, value_size)
     if not batch:
         return output
+    query, key, decay = unit_stride(query), unit_stride(key), unit_stride(decay)
+    values = unit_stride(values.flatten(2))  # (B, 1, H, dv) -> (B, 1, H * dv)
+    key_conv, decay_bias = key_conv.contiguous(), decay_bias.contiguous()
     frames = memory.new_empty(2, batch, num_heads, vectors, r)
     factor = memory.new_empty(batch, num_heads)
+    # One warp: it reads places of the window before it writes them.
     token_kernel[(batch,)](
         query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, frames, factor,
         query.stride(0), key.stride(0), decay.stride(0), positions.stride(0), eps,

@@ -110,6 +110,79 @@ def test_a_plane_that_two_parallel_vectors_span_is_similar_to_nothing():
     assert not memory[:, 1].any() and memory[:, 0].any()
 
 
+def test_one_row_of_positions_is_that_of_all_rows():
+    mixer, tokens, positions = make_mixer(), torch.randn(3, 6, 12, device=DEVICE), torch.arange(6, device=DEVICE)[None]
+    expected, expected_state = decode(mixer, tokens, positions.expand(3, 6), 3)
+    actual, state = decode(mixer, tokens, positions, 3)
+    assert torch.equal(actual, expected)
+    assert all(map(torch.equal, state, expected_state))
+
+
+class ColumnMajor(torch.nn.Linear):
+    """A linear layer whose output lies channel by channel in memory."""
+
+    def forward(self, tokens):
+        return (self.weight @ tokens.flatten(0, 1).T).T.unflatten(0, tokens.shape[:2])
+
+
+@pytest.mark.parametrize("name", ["query_proj", "key_proj", "value_proj", "decay_proj", "key_conv"])
+def test_projections_and_weights_may_lie_in_memory_in_any_way(name, steps):
+    mixer, tokens = make_mixer(), torch.randn(3, 6, 12, device=DEVICE)
+    positions = torch.arange(6, device=DEVICE).expand(3, 6)
+    expected, _ = decode(mixer, tokens, positions, 3)
+    if name == "key_conv":
+        mixer.key_conv = torch.nn.Parameter(mixer.key_conv.T.contiguous().T)
+    else:
+        layer = getattr(mixer, name)
+        setattr(mixer, name, ColumnMajor(*layer.weight.T.shape, bias=False, device=DEVICE))
+        getattr(mixer, name).weight = layer.weight
+    actual, _ = decode(mixer, tokens, positions, 3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert len(steps) == 6
+
+
+def test_a_batch_without_rows_and_a_key_without_a_convolution():
+    mixer, cache = make_mixer(conv_size=1), Cache(layers=[MemoryCacheLayer()])
+    for t in range(2):
+        with torch.no_grad():
+            output = mixer(torch.empty(0, 1, 12, device=DEVICE), torch.full((0, 1), t, device=DEVICE), cache)
+    assert output.shape == (0, 1, 12)
+
+
+def test_a_state_after_tokens_were_taken_back_is_the_one_before_them():
+    """`record_past` ends with the tokens that are taken back, where Transformers ends assisted decoding."""
+    mixer, tokens = make_mixer(), torch.randn(3, 7, 12, device=DEVICE)
+    positions = torch.arange(7, device=DEVICE).expand(3, 7)
+    expected, _ = decode(mixer, tokens, positions, 3)
+    cache = Cache(layers=[MemoryCacheLayer()])
+    with torch.no_grad():
+        mixer(tokens[:, :3], positions[:, :3], cache)
+        cache.activate_past_recording()
+        mixer(tokens[:, 3:5], positions[:, 3:5], cache)
+        cache.crop(-1)
+        cache.layers[0].record_past = False
+        actual = [mixer(tokens[:, t : t + 1], positions[:, t : t + 1], cache) for t in range(4, 7)]
+    torch.testing.assert_close(torch.cat(actual, dim=1), expected[:, 4:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_heads": 2}, {"reduced_size": 4}, {"value_size": 3}, {"conv_size": 2}, {"kernel": "inner_squared"}, "batch"],
+    ids=str,
+)
+def test_a_state_of_another_layer_or_batch_is_refused_and_stays_what_it_is(change):
+    tokens, positions = torch.randn(3, 2, 12, device=DEVICE), torch.arange(2, device=DEVICE).expand(3, 2)
+    cache = Cache(layers=[MemoryCacheLayer()])
+    with torch.no_grad():
+        make_mixer()(tokens[:, :1], positions[:, :1], cache)
+        before = [tensor.clone() for tensor in cache.layers[0].state_tensors()]
+        rows = 2 if change == "batch" else 3
+        mixer = make_mixer(**({} if change == "batch" else change))
+        with pytest.raises(ValueError, match="a cache of its own"):
+            mixer(tokens[:rows, 1:], positions[:rows, 1:], cache)
+    assert all(map(torch.equal, cache.layers[0].state_tensors(), before))
+
+
 def test_a_padding_token_leaves_the_state_alone_whatever_it_holds():
     mixer = make_mixer()
     tokens = torch.randn(1, 4, 12, device=DEVICE)
@@ -126,6 +199,8 @@ def test_without_its_conditions_a_step_is_left_to_plain_torch(steps):
     decode(in_float64(make_mixer()), tokens.double(), positions, 1)
     # No square.
     decode(make_mixer("projection"), tokens, positions, 1)
+    # More numbers than a warp holds.
+    decode(make_mixer("inner_squared", num_heads=8, reduced_size=130), tokens, positions, 1)
     mixer, cache = make_mixer(), Cache(layers=[MemoryCacheLayer()])
     # Gradients.
     for t in range(3):
