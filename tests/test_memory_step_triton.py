@@ -69,11 +69,11 @@ POSITIONS = [
 ]
 
 
-@pytest.mark.parametrize("conv_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    "kernel, r, value_size",
-    # The last two have more features than a program holds at a time, and more channels.
-    [("binet_cauchy", 2, 3), ("inner_squared", 6, 16), ("binet_cauchy", 8, 24), ("inner_squared", 17, 33)],
+    "kernel, r, value_size, conv_size",
+    [(*sizes, n) for sizes in (("binet_cauchy", 2, 3), ("inner_squared", 6, 16)) for n in (1, 2, 4)]
+    # More features than a program holds at a time, and more channels.
+    + [("binet_cauchy", 8, 24, 4), ("inner_squared", 17, 33, 2)],
 )
 def test_steps_are_those_of_the_layer_in_float64(kernel, r, value_size, conv_size, steps):
     mixer = make_mixer(kernel, reduced_size=r, value_size=value_size, conv_size=conv_size)
