@@ -24,6 +24,8 @@ SIZES = {
 MEMORY = {"mixer_types": "memory", "gated_mlp": True, "hidden_act": "silu", "norm_placement": "pre"}
 SIZES |= {
     "13M-memory": {**SIZES["13M"], **MEMORY, "intermediate_size": 768, "memory_reduced_size": 8},
+    "13M-memory-r10": {**SIZES["13M"], **MEMORY, "intermediate_size": 752, "memory_reduced_size": 10},
+    "13M-memory-r16": {**SIZES["13M"], **MEMORY, "intermediate_size": 704, "memory_reduced_size": 16},
     "110M-memory": {
         **SIZES["110M"],
         **MEMORY,
