@@ -330,6 +330,7 @@ class MemoryCacheLayer(StateCacheLayer):
             )
         if key_conv is None:
             key_conv = key_states.new_empty(0, size)
+        features = feature_entries(kernel, reduced_size, device)
         output = memory_step(
             query,
             key_states,
@@ -342,7 +343,10 @@ class MemoryCacheLayer(StateCacheLayer):
             self.values,
             self.tail,
             self.tail_positions,
-            *feature_entries(kernel, reduced_size, device),
+            # By name: PyTorch 2.11 cannot compile the unpacking of a constant.
+            features.entries,
+            features.weight,
+            features.overlap,
             eps,
             kernel,
         )
