@@ -35,6 +35,11 @@ def make_mixer(kernel="binet_cauchy", num_heads=3, reduced_size=5, value_size=4,
     return mixer.to(DEVICE)
 
 
+def random_tokens(*shape):
+    """The same on all devices: of what is hardly read, the norm makes more than rounding."""
+    return torch.randn(*shape).to(DEVICE)
+
+
 def in_float64(mixer):
     exact = copy.deepcopy(mixer).double()
     exact.backend = "torch"
@@ -77,7 +82,7 @@ POSITIONS = [
 )
 def test_steps_are_those_of_the_layer_in_float64(kernel, r, value_size, conv_size, steps):
     mixer = make_mixer(kernel, reduced_size=r, value_size=value_size, conv_size=conv_size)
-    tokens = torch.randn(3, 8, 12, device=DEVICE)
+    tokens = random_tokens(3, 8, 12)
     assert_same(mixer, tokens, torch.tensor(POSITIONS, device=DEVICE))
     assert len(steps) == 7
 
@@ -96,7 +101,7 @@ def test_steps_are_those_of_the_layer_wherever_sequences_begin_and_padding_lies(
     real = iter([position for length in lengths for position in range(length)] + list(range(9)))
     row = [NO_POSITION if is_padding else next(real) for is_padding in padding]
     mixer = make_mixer(num_heads=1, conv_size=conv_size, seed=seed)
-    tokens = torch.randn(2, 9, 12, device=DEVICE)
+    tokens = random_tokens(2, 9, 12)
     assert_same(mixer, tokens, torch.tensor([row, list(range(9))], device=DEVICE), prompt)
 
 
@@ -104,14 +109,14 @@ def test_a_plane_that_two_parallel_vectors_span_is_similar_to_nothing():
     mixer = make_mixer(conv_size=1)
     with torch.no_grad():
         mixer.key_proj.weight.unflatten(0, (3, 2, 5))[1, 1] = 2 * mixer.key_proj.weight.unflatten(0, (3, 2, 5))[1, 0]
-    tokens = torch.randn(1, 5, 12, device=DEVICE)
+    tokens = random_tokens(1, 5, 12)
     assert_same(mixer, tokens, torch.arange(5, device=DEVICE)[None])
     _, (memory, *_) = decode(mixer, tokens, torch.arange(5, device=DEVICE)[None], 1)
     assert not memory[:, 1].any() and memory[:, 0].any()
 
 
 def test_one_row_of_positions_is_that_of_all_rows():
-    mixer, tokens, positions = make_mixer(), torch.randn(3, 6, 12, device=DEVICE), torch.arange(6, device=DEVICE)[None]
+    mixer, tokens, positions = make_mixer(), random_tokens(3, 6, 12), torch.arange(6, device=DEVICE)[None]
     expected, expected_state = decode(mixer, tokens, positions.expand(3, 6), 3)
     actual, state = decode(mixer, tokens, positions, 3)
     assert torch.equal(actual, expected)
@@ -127,7 +132,7 @@ class ColumnMajor(torch.nn.Linear):
 
 @pytest.mark.parametrize("name", ["query_proj", "key_proj", "value_proj", "decay_proj", "key_conv"])
 def test_projections_and_weights_may_lie_in_memory_in_any_way(name, steps):
-    mixer, tokens = make_mixer(), torch.randn(3, 6, 12, device=DEVICE)
+    mixer, tokens = make_mixer(), random_tokens(3, 6, 12)
     positions = torch.arange(6, device=DEVICE).expand(3, 6)
     expected, _ = decode(mixer, tokens, positions, 3)
     if name == "key_conv":
@@ -151,7 +156,7 @@ def test_a_batch_without_rows_and_a_key_without_a_convolution():
 
 def test_a_state_after_tokens_were_taken_back_is_the_one_before_them():
     """`record_past` ends with the tokens that are taken back, where Transformers ends assisted decoding."""
-    mixer, tokens = make_mixer(), torch.randn(3, 7, 12, device=DEVICE)
+    mixer, tokens = make_mixer(), random_tokens(3, 7, 12)
     positions = torch.arange(7, device=DEVICE).expand(3, 7)
     expected, _ = decode(mixer, tokens, positions, 3)
     cache = Cache(layers=[MemoryCacheLayer()])
@@ -171,7 +176,7 @@ def test_a_state_after_tokens_were_taken_back_is_the_one_before_them():
     ids=str,
 )
 def test_a_state_of_another_layer_or_batch_is_refused_and_stays_what_it_is(change):
-    tokens, positions = torch.randn(3, 2, 12, device=DEVICE), torch.arange(2, device=DEVICE).expand(3, 2)
+    tokens, positions = random_tokens(3, 2, 12), torch.arange(2, device=DEVICE).expand(3, 2)
     cache = Cache(layers=[MemoryCacheLayer()])
     with torch.no_grad():
         make_mixer()(tokens[:, :1], positions[:, :1], cache)
@@ -185,7 +190,7 @@ def test_a_state_of_another_layer_or_batch_is_refused_and_stays_what_it_is(chang
 
 def test_a_padding_token_leaves_the_state_alone_whatever_it_holds():
     mixer = make_mixer()
-    tokens = torch.randn(1, 4, 12, device=DEVICE)
+    tokens = random_tokens(1, 4, 12)
     positions = torch.tensor([[0, 1, NO_POSITION, 2]], device=DEVICE)
     expected, state = decode(mixer, tokens, positions, 1)
     tokens[:, 2] = torch.inf
@@ -195,7 +200,7 @@ def test_a_padding_token_leaves_the_state_alone_whatever_it_holds():
 
 
 def test_without_its_conditions_a_step_is_left_to_plain_torch(steps):
-    tokens, positions = torch.randn(2, 3, 12, device=DEVICE), torch.arange(3, device=DEVICE).expand(2, 3)
+    tokens, positions = random_tokens(2, 3, 12), torch.arange(3, device=DEVICE).expand(2, 3)
     decode(in_float64(make_mixer()), tokens.double(), positions, 1)
     # No square.
     decode(make_mixer("projection"), tokens, positions, 1)
