@@ -19,6 +19,7 @@ a batch does not fit, half of it is tried, and so on; the record says which.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -257,7 +258,7 @@ def table(record: dict[str, Any]) -> str:
     if len(prefill) > 1:
         sections.append(markdown(prefill, left=1))
     notes = [
-        f"- {row['model']} {row['size']}, batch {row['batch_size']}, context {row['context']:,}: {row[key]}"
+        f"- {row['model']} {row['size']}, batch {row['batch_size']}, context {row['context']:,}: {shorten(row[key], 80)}"
         for row in record["rows"]
         for key in ("failed", "prefill_failed")
         if key in row
