@@ -258,7 +258,8 @@ def table(record: dict[str, Any]) -> str:
     if len(prefill) > 1:
         sections.append(markdown(prefill, left=1))
     notes = [
-        f"- {row['model']} {row['size']}, batch {row['batch_size']}, context {row['context']:,}: {shorten(row[key], 80)}"
+        f"- {row['model']} {row['size']}, batch {row['batch_size']}, context {row['context']:,}: "
+        f"{shorten(row[key], 80)}"
         for row in record["rows"]
         for key in ("failed", "prefill_failed")
         if key in row

@@ -49,8 +49,8 @@ SECTIONS = [
         "Of a step of 13M parameters at 16,384 tokens, 18.8 ms when it was profiled, loss and vocabulary head took\n"
         "8.4, GELU 1.4, copies and casts 1.1; Llama's took 43.2, attention 25.4 of it. Without any body the ratio\n"
         "would be about 5, so that the target of 4 asks for a body of 2 ms.\n\n"
-        "`13M-memory` is the preset with memories of planes in R^8. It trains at 0.93 of Llama's speed in rows of 256\n"
-        "and 1,024 tokens and at the same speed in rows of 4,096, from which on the target was to be ahead; behind\n"
+        "`13M-memory` is the preset with memories of planes in R^8. It trains at 0.93 of Llama's speed in rows of\n"
+        "256 and 1,024 tokens and at the same speed in rows of 4,096, from which on the target was to be ahead; behind\n"
         "that it is. A row of up to 8,192 tokens is read by pairs of tokens, but those that a head has forgotten; a\n"
         "longer one in chunks, through states. `13M-memory-r16`, with planes in R^16, is slower.",
     ),
@@ -60,8 +60,8 @@ SECTIONS = [
         "python benchmarks/generation.py --output generation.json --plot generation.png",
         "Greedy decoding in bfloat16 with CUDA graphs, against a Llama of as many parameters with a static cache.\n"
         "The Grassmann model's step does the same work on the same state at every context.\n\n"
-        "The state of `13M-memory` has 1.48 MiB a sequence in float32, Llama's 24 MiB at 4,096 tokens. The target was\n"
-        "to be ahead from 4,096 tokens on. Two records: in the older one a memory's step was dozens of kernels. In\n"
+        "The state of `13M-memory` has 1.48 MiB a sequence in float32, Llama's 24 MiB at 4,096 tokens. The target\n"
+        "was to be ahead from 4,096 tokens on. Two records: in the older one a memory's step was dozens of kernels. In\n"
         "batches of 64 it decodes faster from 8,192 tokens on, and alone, where both wait for launches, slower at\n"
         "every context. In the newer one that step is two kernels, which update the state in place. Plain calls take\n"
         "a third of the time, 0.85 to 0.94 of Llama's speed up to 8,192 tokens and ahead at 65,536; with CUDA graphs\n"
