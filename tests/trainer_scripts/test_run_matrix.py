@@ -25,6 +25,8 @@ from test_recipes import BertVocabulary, build, load_classifier
 PUBLISHED = REPOSITORY / "configuration/matrix/published.yaml"
 FACTORS = REPOSITORY / "configuration/matrix/factors.yaml"
 STRONGER = {"learning_rate", "weight_decay", "adam_beta2"}
+DROPOUT = {"hidden_dropout", "embedding_dropout"}
+GPT2_DROPOUT = {"resid_pdrop", "embd_pdrop"}
 # Model of that matrix -> what it changes of `grassmann`, or of `transformer`.
 CHANGES = {
     "grassmann_pre_norm": {"norm_placement"},
@@ -38,6 +40,10 @@ CHANGES = {
     "grassmann_pre_norm_strongest": {"norm_placement", *STRONGER},
     "transformer_stronger": STRONGER,
     "transformer_strongest": STRONGER,
+    **{f"grassmann_pre_norm_dropout{rate}": {"norm_placement", *DROPOUT} for rate in (0.2, 0.3)},
+    **{f"grassmann_pre_norm_stronger_dropout{rate}": {"norm_placement", *STRONGER, *DROPOUT} for rate in (0.2, 0.3)},
+    **{f"transformer_dropout{rate}": GPT2_DROPOUT for rate in (0.2, 0.3)},
+    **{f"transformer_stronger_dropout{rate}": {*STRONGER, *GPT2_DROPOUT} for rate in (0.2, 0.3)},
 }
 
 # Stands for a script: does what its run_name says, and leaves what a complete run leaves.
