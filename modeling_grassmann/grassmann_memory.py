@@ -688,11 +688,41 @@ def split_chunks(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
     return tensor.unflatten(1, (num_chunks, chunk_size)).movedim(3, 1)
 
 
-def prefix_sums(x: torch.Tensor) -> torch.Tensor:
-    """Sums up to each place of the last dimension."""
+def prefix_sums(x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+    """Sums up to each place of the last dimension, or from each place on."""
     if x.is_cuda and memory_pairs_triton is not None:
-        return prefix_sums_op(x)
-    return x.cumsum(-1)
+        return prefix_sums_op(x, reverse)
+    return x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
+
+
+def row_state(
+    key: torch.Tensor,
+    values: torch.Tensor,
+    log_decay: torch.Tensor,
+    in_last: torch.Tensor | None,
+    name: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """
+    The state after rows without an initial one, `Σ_s e^{R_s} φ(K_s) v_sᵀ` with sums `R_s` of log decays behind each
+    token, in fused kernels.
+
+    Args:
+        key (`torch.Tensor` of shape `(B, T, H, m, r)`), values (`torch.Tensor` of shape `(B, T, H, dv)`): all tokens.
+        log_decay (`torch.Tensor` of shape `(B, T, H)`): zeros for padding and first tokens.
+        in_last (boolean `torch.Tensor` of shape `(B, T)`, *optional*): tokens of the last sequence, by default all.
+        name (`str`): of the kernel, a square.
+        dtype (`torch.dtype`): that of products.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, F, dv)`.
+    """
+    if in_last is not None:
+        key, values = keep(in_last, key, values)
+    behind = F.pad(log_decay, (0, 0, 0, 1))[:, 1:].movedim(1, 2)  # (B, H, T)
+    leaving = values.movedim(1, 2) * prefix_sums(behind, reverse=True).exp()[..., None]  # (B, H, T, dv)
+    writes = write_states(key, leaving.to(dtype)[:, :, None], name)  # (B, H, 1, W, W, dv)
+    return unpack_state(writes[:, :, 0], name, key.shape[-1])
 
 
 def choose_chunk_size(length: int, num_features: int, backend: str) -> int:
@@ -798,15 +828,18 @@ def grassmann_memory_chunked(
         real, starts, last = sequence_starts(positions.expand(values.shape[:2]), last)
         number = prefix_sums(starts.int())
         segments = torch.where(real, number, -1 - number)
-        query, key, values = keep(real, query, key, values)
         (log_decay,) = keep(real & ~starts, log_decay)
-    one_chunk = chunk_size == length and initial_state is None and not output_final_state
-    if backend == "triton":
-        pairs = memory_pairs_triton(*arguments, segments, name, chunk_size)
-        if one_chunk:
-            return pairs, None
     # States of squares have kernels of their own.
     fused = backend == "triton" and kernel.square is not None
+    if backend == "triton":
+        pairs = memory_pairs_triton(*arguments, segments, name, chunk_size)
+        if chunk_size == length and initial_state is None and (fused or not output_final_state):
+            if not output_final_state:
+                return pairs, None
+            in_last = None if segments is None else segments == number[:, -1:]
+            return pairs, MemoryState(row_state(key, values, log_decay, in_last, name, dtype), last)
+    if segments is not None:
+        query, key, values = keep(real, query, key, values)
     size, frames = query.shape[-1], (query, key)
     if not fused:
         square = square_tensors(kernel, query)

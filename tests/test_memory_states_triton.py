@@ -13,6 +13,7 @@ from modeling_grassmann.grassmann_memory import (
     pack_state,
     unpack_state,
 )
+from modeling_grassmann.plucker import NO_POSITION
 
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -70,8 +71,9 @@ def test_coordinates_come_in_the_plain_order_and_zeros_behind_them_and_behind_th
 )
 def test_memory_over_chunks_is_the_recurrence_in_float64(kernel, r, chunk_size, length):
     """With a state before and after, and gradients of everything."""
-    inputs = make_inputs(kernel, r, length=length)
-    state = torch.randn(2, 2, KERNELS[kernel].num_features(r), 6, device=DEVICE)
+    heads = 1 if length > 40 else 2
+    inputs = make_inputs(kernel, r, length=length, heads=heads)
+    state = torch.randn(2, heads, KERNELS[kernel].num_features(r), 6, device=DEVICE)
     last = torch.tensor([4, 0], device=DEVICE)
 
     def fused(*inputs):
@@ -88,6 +90,44 @@ def test_memory_over_chunks_is_the_recurrence_in_float64(kernel, r, chunk_size, 
 
     expected = with_gradients(naive, *(x.double() for x in (*inputs, state)))
     assert_close(with_gradients(fused, *inputs, state), expected, 2e-5)
+
+
+# Of the first row three sequences are left to the last one, that of the second row begins behind padding.
+LAYOUT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, -1, 2, 3, -1], [-1, -1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
+
+
+@pytest.mark.parametrize("kernel, r", [("binet_cauchy", 5), ("inner_squared", 3)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_one_chunk_leaves_the_state_of_the_recurrence(kernel, r, packed):
+    inputs = make_inputs(kernel, r, length=13, heads=1)
+    positions = LAYOUT.where(LAYOUT >= 0, NO_POSITION).to(DEVICE) if packed else None
+    if packed:
+        for tensor in inputs:
+            tensor[positions == NO_POSITION] = torch.nan
+
+    def evaluate(function, **options):
+        def state_and_reads(*inputs):
+            output, state = function(*inputs, positions, None, kernel, **options)
+            assert state.position.tolist() == ([3, 13] if packed else [12, 12])
+            # What is read at padding means nothing.
+            return state.memory, output if positions is None else output[positions != NO_POSITION]
+
+        return state_and_reads
+
+    options = {"chunk_size": 13, "output_final_state": True, "backend": "triton"}
+    actual = with_gradients(evaluate(grassmann_memory, **options), *inputs)
+    expected = with_gradients(evaluate(grassmann_memory_recurrent), *(x.double() for x in inputs))
+    assert_close(actual, expected, 2e-5)
+
+
+def test_a_state_keeps_its_digits_behind_many_decays():
+    """Sums from the end: those from the beginning leave two or three digits to what was written last."""
+    query, key, values, log_decay = make_inputs("binet_cauchy", 3, batch=1, length=200, heads=1)
+    log_decay *= 200
+    options = {"output_final_state": True, "chunk_size": 200, "backend": "triton"}
+    _, state = grassmann_memory(query, key, values, log_decay, **options)
+    _, expected = grassmann_memory_recurrent(*(x.double() for x in (query, key, values, log_decay)))
+    assert_close([state.memory], [expected.memory], 1e-6)
 
 
 @pytest.mark.parametrize(
