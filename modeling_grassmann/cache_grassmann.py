@@ -205,6 +205,11 @@ class PluckerCacheLayer(StateCacheLayer):
             self.values.fill_(NO_POSITION)
 
 
+def first_positions(tokens: torch.Tensor) -> torch.Tensor:
+    """Positions of a sequence from its first token on: `(B, T, ...)` -> `(1, T)`."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
 class MemoryCacheLayer(StateCacheLayer):
     """
     What a Grassmann memory remembers: its state `(B, H, F, dv)` in `keys`, the position of each row's last real token
@@ -231,21 +236,28 @@ class MemoryCacheLayer(StateCacheLayer):
         self.mark_initialized(value_states.device)
 
     def with_past(
-        self, key_states: torch.Tensor, positions: torch.Tensor, window: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: torch.Tensor, positions: torch.Tensor | None, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `T` tokens behind the `window` tokens that precede them: to be called before [`update`].
 
         Args:
             key_states (`torch.Tensor` of shape `(B, T, W)`): what the convolution takes.
-            positions (integer `torch.Tensor` of shape `(B, T)`): positions.
+            positions (integer `torch.Tensor` of shape `(B, T)`, *optional*): positions, by default those of rows that
+                are one sequence each, the first of this state.
             window (`int`): how many tokens the convolution looks back, 0 for none.
 
         Returns:
-            Vectors of shape `(B, window + T, W)` and positions of shape `(B, window + T)`.
+            Vectors of shape `(B, window + T, W)` and positions of shape `(B, window + T)`, `None` for none.
+
+        Raises:
+            ValueError: without positions, if the state has seen tokens.
         """
         batch_size, length, size = key_states.shape
-        positions = positions.expand(batch_size, length)
+        given = positions is not None
+        if not given and self.is_initialized:
+            raise ValueError("`positions` are needed behind the tokens that `past_key_values` has seen.")
+        positions = (positions if given else first_positions(key_states)).expand(batch_size, length)
         if not self.is_initialized:
             self.tail = key_states.new_zeros(batch_size, window, size)
             self.tail_positions = positions.new_full((batch_size, window), NO_POSITION)
@@ -257,7 +269,7 @@ class MemoryCacheLayer(StateCacheLayer):
             self.recorded_tail = [torch.cat(pair, dim=1) for pair in zip(recorded, new)] if recorded else list(both)
         self.tail.copy_(both[0][:, length:])
         self.tail_positions.copy_(both[1][:, length:])
-        return both
+        return both if given else (both[0], None)
 
     def update(
         self,
@@ -265,11 +277,12 @@ class MemoryCacheLayer(StateCacheLayer):
         value_states: torch.Tensor,
         query: torch.Tensor,
         log_decay: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,
         kernel: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Write `T` tokens and read at each of them; arguments are those of [`grassmann_memory.grassmann_memory`].
+        Write `T` tokens and read at each of them; arguments are those of [`grassmann_memory.grassmann_memory`], and
+        `positions` those of [`with_past`].
 
         Returns:
             What was read, `(B, T, H, dv)`, and the new state.
@@ -277,6 +290,9 @@ class MemoryCacheLayer(StateCacheLayer):
         is_first = not self.is_initialized
         if is_first:
             self.lazy_initialization(key_states, value_states, kernel)
+        given = positions
+        if given is None:
+            positions = first_positions(value_states).expand(value_states.shape[:2])
         state = MemoryState(self.keys, self.values)
         if torch.is_grad_enabled() or (self.record_past and not self.recorded):
             # What gradients and tokens that are taken back go back to must not change with the state.
@@ -287,7 +303,7 @@ class MemoryCacheLayer(StateCacheLayer):
             self.recorded.append((key_states, value_states, log_decay, positions))
         state = None if is_first else state
         output, state = grassmann_memory(
-            query, key_states, value_states, log_decay, positions, state, kernel, output_final_state=True
+            query, key_states, value_states, log_decay, given, state, kernel, output_final_state=True
         )
         self.keys.copy_(state.memory)
         self.values.copy_(state.position)

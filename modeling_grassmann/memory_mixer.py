@@ -235,7 +235,7 @@ class MemoryMixer(nn.Module):
             positions (integer `torch.Tensor` of shape `(B, T)`, *optional*): position of each token in its sequence,
                 [`NO_POSITION`] for padding. One that does not follow on the last starts a new sequence.
             past_key_values (`Cache`, *optional*): a decoding state, whose layer `layer_idx` is that of a memory; needs
-                `positions` or `cu_seqlens`.
+                `positions` or `cu_seqlens`, except in a new state of rows that are one sequence each.
             cu_seqlens (integer `torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): where the sequences of a
                 packed row begin, and where the last one ends; needs `B = 1`. Nothing is read across a boundary.
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -184,6 +184,18 @@ def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) 
         raise ValueError(f"`{name}` holds {outside[0]}, but the model knows 0 to {size - 1}. {advice}") from error
 
 
+def is_plain_prompt(positions: torch.Tensor, past_key_values: Cache) -> bool:
+    """
+    Whether rows of positions `(B, T)` are one sequence each, from its first token on, in a new state. To ask waits for
+    the device: a prompt is worth it, while nothing is traced and no gradient is to come.
+    """
+    if any(layer.is_initialized for layer in past_key_values.layers) or torch.is_grad_enabled():
+        return False
+    if positions.device.type == "meta" or is_tracing(positions):
+        return False
+    return bool((positions == torch.arange(positions.shape[1], device=positions.device)).all())
+
+
 @auto_docstring
 class GrassmannModel(GrassmannPreTrainedModel):
     def __init__(self, config: GrassmannConfig):
@@ -322,6 +334,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
             positions = separate_sequences(positions, cu_seqlens)
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
+        if past_key_values is not None and "memory" in self.config.layer_mixers:
+            whole_rows = is_plain_prompt(positions, past_key_values)
         for layer, mixer in zip(self.layers, self.config.layer_mixers):
             known = whole_rows and mixer == "memory"
             hidden_states = layer(hidden_states, None if known else positions, past_key_values, **kwargs)

@@ -5,10 +5,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
-from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, MemoryMixer
+from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, MemoryMixer, modeling_grassmann
 from modeling_grassmann.configuration_grassmann import MEMORY_KERNELS
 from modeling_grassmann.grassmann_memory import KERNELS
+from modeling_grassmann.modeling_grassmann import is_plain_prompt
 from modeling_grassmann.plucker import NO_POSITION
 
 
@@ -158,6 +160,49 @@ def test_layers_of_both_kinds_keep_states_of_both_kinds():
     model = memory_model(mixer_types=["memory", "plucker"])
     cache = model(torch.randint(50, (1, 9)), use_cache=True).past_key_values
     assert [type(layer).__name__ for layer in cache.layers] == ["MemoryCacheLayer", "PluckerCacheLayer"]
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_prompt_without_padding_leaves_what_it_leaves_with_positions(record, monkeypatch):
+    model = memory_model(mixer_types=["memory", "plucker"]).double()
+    ids = torch.randint(model.config.vocab_size, (2, 7))
+
+    def read(**inputs):
+        cache = DynamicCache(config=model.config)
+        if record:
+            cache.layers[0].activate_past_recording()
+        with torch.no_grad():
+            first = model(ids[:, :5], past_key_values=cache, **inputs).logits
+            second = model(ids[:, 5:], past_key_values=cache).logits
+        if record:
+            cache.layers[0].crop(-3)
+        return [first, second, *cache.layers[0].state_tensors()]
+
+    plain = read(attention_mask=torch.ones(2, 5, dtype=torch.long))
+    asked = []
+    monkeypatch.setattr(modeling_grassmann, "is_plain_prompt", lambda *args: asked.append(args) or False)
+    for actual, expected in zip(plain, read(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert len(asked) == 2
+
+
+def test_only_a_new_state_takes_rows_without_positions():
+    model = memory_model()
+    cache = DynamicCache(config=model.config)
+    whole, rows = torch.arange(4).expand(2, 4), torch.tensor([[0, 1, 2, 3], [NO_POSITION, 0, 1, 2]])
+    with torch.no_grad():
+        assert is_plain_prompt(whole, cache)
+        assert not is_plain_prompt(rows, cache)
+        assert not is_plain_prompt(torch.tensor([[0, 1, 0, 1]]), cache)
+        assert not is_plain_prompt(whole + 1, cache)
+        model(torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
+        assert not is_plain_prompt(whole, cache)
+        with pytest.raises(
+            ValueError, match="`positions` are needed behind the tokens"
+        ):
+            model.model.layers[0].mixer(torch.randn(2, 4, model.config.hidden_size), None, cache)
+    # A gradient would have to wait for the device, too.
+    assert not is_plain_prompt(whole, DynamicCache(config=model.config))
 
 
 @pytest.mark.parametrize("gated", [True, False])
