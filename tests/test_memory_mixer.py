@@ -197,9 +197,7 @@ def test_only_a_new_state_takes_rows_without_positions():
         assert not is_plain_prompt(whole + 1, cache)
         model(torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
         assert not is_plain_prompt(whole, cache)
-        with pytest.raises(
-            ValueError, match="`positions` are needed behind the tokens"
-        ):
+        with pytest.raises(ValueError, match="`positions` are needed behind the tokens"):
             model.model.layers[0].mixer(torch.randn(2, 4, model.config.hidden_size), None, cache)
     # A gradient would have to wait for the device, too.
     assert not is_plain_prompt(whole, DynamicCache(config=model.config))
