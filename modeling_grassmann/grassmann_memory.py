@@ -599,7 +599,6 @@ def grassmann_memory_recurrent(
     positions = following_positions(last, values.shape[1]) if positions is None else positions.expand(values.shape[:2])
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
-    square, coordinates = square_tensors(KERNELS[kernel], query), KERNELS[kernel].coordinates
     if initial_state is not None:
         memory = initial_state.memory.to(values.dtype)
     else:
@@ -607,14 +606,15 @@ def grassmann_memory_recurrent(
         memory = values.new_zeros(values.shape[0], values.shape[2], num_features, values.shape[3])
     outputs = []
     with without_autocast(values.device):
+        reading, writing = kernel_features(torch.stack([query, key]), kernel)  # (B, T, H, F)
         for t in range(values.shape[1]):
             real, follows = positions[:, t] != NO_POSITION, positions[:, t] == last + 1
             factor = torch.where(follows[:, None], log_decay[:, t].exp(), 0)
             factor = torch.where(real[:, None], factor, 1)  # (B, H)
             last = torch.where(real, positions[:, t], last)
-            written = write(coordinates(key[:, t, ..., None]), values[:, t, :, None], square)  # (B, H, F, dv)
+            written = writing[:, t, :, :, None] * values[:, t, :, None]  # (B, H, F, dv)
             memory = written.addcmul_(factor[..., None, None], memory)
-            outputs.append(read(coordinates(query[:, t, ..., None]), memory, square)[:, :, 0])  # (B, H, dv)
+            outputs.append((reading[:, t, :, None] @ memory)[:, :, 0])  # (B, H, dv)
     return torch.stack(outputs, dim=1).to(dtype), MemoryState(memory, last)
 
 

@@ -73,6 +73,14 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
         `torch.Tensor` of shape `(B, T, W)`.
     """
     reach, length = weight.shape[0] - 1, vectors.shape[1]
+    if length == reach + 1:
+        # One token: all distances at once.
+        if positions is not None:
+            distances = torch.arange(reach, -1, -1, device=positions.device)
+            follows = positions[:, -1:] - positions == distances
+            # Itself, even where it is padding.
+            vectors = torch.where((follows | (distances == 0))[..., None], vectors, 0)
+        return (vectors * weight.flip(0)).sum(1, keepdim=True)
     result = vectors[:, reach:] * weight[0]
     for distance in range(1, reach + 1):
         tokens = slice(reach - distance, length - distance)
@@ -252,7 +260,12 @@ class MemoryMixer(nn.Module):
             options = {"eps": self.plucker_eps, "kernel": self.kernel}
             output = state.step(query, key, values, decay, positions, **weights, **options)
         else:
-            query, key = self.frames(query), self.frames(self.convolved(key, positions, past_key_values))
+            key = self.convolved(key, positions, past_key_values)
+            if values.shape[1] == 1:
+                # One token waits for calls rather than for numbers.
+                query, key = self.frames(torch.stack([query, key]))
+            else:
+                query, key = self.frames(query), self.frames(key)
             log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
             options = {"query": query, "log_decay": log_decay, "positions": positions, "kernel": self.kernel}
             if state is None:
