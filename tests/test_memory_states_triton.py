@@ -139,7 +139,7 @@ def test_a_state_keeps_its_digits_behind_many_decays():
     ],
 )
 def test_packed_and_padded_rows_are_those_of_the_recurrence(dtype, tolerance):
-    inputs = make_inputs("binet_cauchy", 8, length=60, dtype=dtype)
+    inputs = make_inputs("binet_cauchy", 8, length=60, heads=1, dtype=dtype)
     positions = torch.cat([torch.arange(22), torch.arange(30), torch.full((8,), -1)])[None].expand(2, -1).clone()
     positions[1, :5] = -1
     positions = positions.to(DEVICE)
