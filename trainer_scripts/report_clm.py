@@ -184,11 +184,10 @@ def plot(
     others = 0
     # The legend lists the curves from top to bottom as they end.
     for name in sorted(curves, key=lambda name: -curves[name][-1][1]):
-        style = curve_style(others)
+        style = curve_style(others, MARKERS[1:])
         if baseline is not None and name == baseline.name:
             style |= {"color": BASELINE_COLOUR, "linestyle": "--", "marker": MARKERS[0]}
         else:
-            style["marker"] = MARKERS[1 + others % (len(MARKERS) - 1)]
             others += 1
         axes.plot(*zip(*curves[name]), label=name, **style)
 

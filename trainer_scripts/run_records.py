@@ -25,6 +25,7 @@ PREFIXES = {"validation": "eval", "test": "test"}
 # Okabe and Ito's palette, which stays readable with any colour vision, without yellow, which is faint on white.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+LINES = ["-", ":", "-."]
 
 
 def table_head(header: list[str]) -> list[str]:
@@ -32,12 +33,14 @@ def table_head(header: list[str]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
 
 
-def curve_style(index: int) -> dict[str, Any]:
+def curve_style(index: int, markers: list[str] = MARKERS) -> dict[str, Any]:
     """How matplotlib draws one of many curves."""
+    # Colours with all lines come again with other markers.
+    repeats = index // (len(COLOURS) * len(LINES))
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": ["-", ":", "-."][index // len(COLOURS) % 3],
+        "marker": markers[(index + repeats) % len(markers)],
+        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
         "linewidth": 1.6,
         "markersize": 4.5,
     }

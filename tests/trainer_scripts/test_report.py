@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import report
 from conftest import REPOSITORY
-from run_records import MISSING
+from run_records import MARKERS, MISSING, curve_style
 
 
 def write_run(folder, perplexities, **metrics):
@@ -336,3 +336,9 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, runs, capsys, mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = error_of(capsys, *runs, "--output", str(tmp_path / "results"))
     assert 'pip install "modeling-grassmann[reports]"' in error
+
+
+def test_curves_of_one_picture_are_told_apart():
+    for markers in (MARKERS, MARKERS[1:]):
+        styles = [curve_style(index, markers) for index in range(36)]
+        assert len({(style["color"], style["linestyle"], style["marker"]) for style in styles}) == 36
