@@ -78,8 +78,7 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
         if positions is not None:
             distances = torch.arange(reach, -1, -1, device=positions.device)
             follows = positions[:, -1:] - positions == distances
-            # Itself, even where it is padding.
-            vectors = torch.where((follows | (distances == 0))[..., None], vectors, 0)
+            vectors = torch.where(follows[..., None], vectors, 0)
         return (vectors * weight.flip(0)).sum(1, keepdim=True)
     result = vectors[:, reach:] * weight[0]
     for distance in range(1, reach + 1):

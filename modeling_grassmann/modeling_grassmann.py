@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_grassmann import PluckerCacheLayer  # noqa: F401  (registers decoding states with Transformers' caches)
+from .cache_grassmann import first_positions  # and registers decoding states with Transformers' caches
 from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
 from .loss_grassmann import fused_causal_lm_loss, register_with_liger
@@ -193,7 +193,7 @@ def is_plain_prompt(positions: torch.Tensor, past_key_values: Cache) -> bool:
         return False
     if positions.device.type == "meta" or is_tracing(positions):
         return False
-    return bool((positions == torch.arange(positions.shape[1], device=positions.device)).all())
+    return bool((positions == first_positions(positions)).all())
 
 
 @auto_docstring
