@@ -307,8 +307,8 @@ def flatness(record: dict[str, Any]) -> dict[tuple[str, int], float]:
 
 
 def draw(record: dict[str, Any], path: str) -> None:
-    """Time a token against context, one pair of axes for each batch size."""
-    groups = sorted({(row["size"], row["batch_size"]) for row in record["rows"]})
+    """Time a token against context, one pair of axes for each batch size that a run came to compare."""
+    groups = sorted({(row["size"], row["batch_size"]) for row in record["rows"] if row["model"] == "llama"})
     figure, axes = new_figure(max(len(groups), 1))
     for axis, (size, batch_size) in zip(axes, groups):
         rows = [row for row in record["rows"] if (row["size"], row["batch_size"]) == (size, batch_size)]

@@ -63,9 +63,9 @@ SECTIONS = [
         "The Grassmann model's step does the same work on the same state at every context.\n\n"
         "The state of `13M-memory` has 1.48 MiB a sequence in float32, Llama's 24 MiB at 4,096 tokens. The target\n"
         "was to be ahead from 4,096 tokens on. One sequence alone is decoded as fast as by Llama after 4,096 tokens\n"
-        "and 1.34 times as fast after 65,536; after 8,192 it was slower, where a step took 1.4 times as long as after\n"
-        "4,096 for the same work. In plain calls, which wait for Python, a token takes 2 to 6% longer, and prompts of\n"
-        "up to 8,192 tokens 1.8 to 3.2 times as long. That record ended before Llama's batches of 64 sequences, of\n"
+        "and 1.34 times as fast after 65,536; after 8,192 it was slower, as a step took 1.4 times as long as after\n"
+        "4,096 for the same work. In plain calls, which wait for Python, a token takes 2 to 6% longer, prompts of up\n"
+        "to 8,192 tokens 1.8 to 3.2 times as long. That record ended before Llama's batches of 64 sequences, of\n"
         "which the older one has figures: its step for a memory is dozens of kernels, where now there are two, and\n"
         "its prompts take more calls.",
     ),

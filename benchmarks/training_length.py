@@ -310,7 +310,8 @@ def draw(record: dict[str, Any], path: str) -> None:
         axis.plot(lengths, speed, "o-", color=COLOURS[0], label="tokens a second")
         axis.plot(lengths, operations, "--", color=COLOURS[1], label="operations a token, inverted")
         targets = TARGETS.get(size, {})
-        axis.plot(list(targets), list(targets.values()), "_", color="black", markersize=14, label="target")
+        if targets:
+            axis.plot(list(targets), list(targets.values()), "_", color="black", markersize=14, label="target")
         axis.axhline(1, color="black", linewidth=0.8)
         log_axes(axis, [*lengths, *targets], "length (tokens)", "Grassmann / Llama", f"Training, {size}")
     figure.suptitle(record["device_name"])
