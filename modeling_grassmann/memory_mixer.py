@@ -262,7 +262,7 @@ class MemoryMixer(nn.Module):
             key = self.convolved(key, positions, past_key_values)
             if values.shape[1] == 1:
                 # One token waits for calls rather than for numbers.
-                query, key = self.frames(torch.stack([query, key]))
+                query, key = self.frames(torch.stack([query, key], dim=2)).unbind(2)  # of (B, 1, 2, H, m, r)
             else:
                 query, key = self.frames(query), self.frames(key)
             log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
