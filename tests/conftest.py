@@ -17,6 +17,27 @@ from transformers import AutoConfig, AutoModel
 from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, GrassmannPluckerForSequenceClassification
 
 
+try:
+    from triton.runtime.interpreter import InterpretedFunction
+except ImportError:
+    InterpretedFunction = None
+
+
+def refuse_unknown_options(launch):
+    """A launch in Triton's interpreter that refuses, as one on a GPU does, what the kernel has no argument for."""
+
+    def run(kernel, *args, **kwargs):
+        unknown = kwargs.keys() - {*kernel.arg_names, "num_warps", "num_stages", "maxnreg", "grid", "warmup"}
+        if unknown:
+            raise KeyError(f"{kernel.fn.__name__} has no arguments {sorted(unknown)}")
+        return launch(kernel, *args, **kwargs)
+
+    return run
+
+
+if InterpretedFunction is not None:
+    InterpretedFunction.run = refuse_unknown_options(InterpretedFunction.run)
+
 # Threads cost tiny tensors more time than they save, and the tests themselves run in several processes.
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from modeling_grassmann.grassmann_memory import orthonormalise
 
 
 pytest.importorskip("triton", reason="needs Triton")
-from modeling_grassmann.frames_triton import by_token, orthonormalise_triton
+from modeling_grassmann.frames_triton import by_token, frames_kernel, launch, orthonormalise_triton
 
 
 ON_GPU = torch.cuda.is_available()
@@ -109,3 +109,14 @@ def test_the_mixer_makes_its_frames_with_them(monkeypatch):
     mixer.backend = "auto"
     mixer(torch.randn(2, 1, 16, device=DEVICE))
     assert len(asked) == 2
+
+
+def test_a_launch_with_an_option_that_the_kernel_does_not_have_is_refused():
+    """On a GPU by Triton; in its interpreter, which would drop the option, by these tests' own rule."""
+    vectors = make_vectors(1, 3, r=4).contiguous()  # (N, H, 2, r)
+    grid, sizes, options = launch(vectors)
+    frames = torch.empty_like(vectors)
+    frames_kernel[grid](vectors, frames, *sizes, 1e-3, **options, num_warps=4)
+    torch.testing.assert_close(frames, orthonormalise(vectors))
+    with pytest.raises(KeyError, match="BLOCK_SIZE"):
+        frames_kernel[grid](vectors, frames, *sizes, 1e-3, **options, BLOCK_SIZE=64)
