@@ -111,20 +111,45 @@ def load_real(segment, token, inside, segment_token, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def load_values(row, token, channel, real, stride, dv: tl.constexpr):
-    """Rows of values or their gradients, zeros where they are not real: `(BLOCK, BLOCK_V)`."""
-    pointers = row + token.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(pointers, mask=real[:, None] & (channel < dv)[None, :], other=0.0)
+def load_real_block(segment, block, segment_token, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which tokens of a block that lies inside of a chunk are real; `None` if all are."""
+    real = None
+    if SEGMENTS:
+        real = tl.load(segment + (block * BLOCK + tl.arange(0, BLOCK)) * segment_token) >= 0
+    return real
 
 
 @triton.jit
-def load_coordinates(row, token, inside, C1: tl.constexpr, C2: tl.constexpr):
-    """Coordinates, a power of two of them and one more: `(BLOCK, C1)` and `(BLOCK, C2)`."""
-    pointers = row + token[:, None] * (C1 + C2)
-    first = tl.load(pointers + tl.arange(0, C1)[None, :], mask=inside[:, None], other=0.0)
+def load_rows(pointers, width, real, WIDTH: tl.constexpr):
+    """The first numbers of rows, zeros where they are not real; all are if `real` is `None`: `(BLOCK, WIDTH)`."""
+    column = tl.arange(0, WIDTH)
+    pointers = pointers[:, None] + column[None, :]
+    if real is None and width == WIDTH:
+        rows = tl.load(pointers)
+    elif real is None:
+        rows = tl.load(pointers, mask=(column < width)[None, :], other=0.0)
+    elif width == WIDTH:
+        rows = tl.load(pointers, mask=real[:, None], other=0.0)
+    else:
+        rows = tl.load(pointers, mask=real[:, None] & (column < width)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def load_values(row, block, real, stride, dv: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Values of a block of tokens, or their gradients: `(BLOCK, BLOCK_V)`."""
+    pointers = row + (block * BLOCK).to(tl.int64) * stride + tl.arange(0, BLOCK) * stride
+    return load_rows(pointers, dv, real, BLOCK_V)
+
+
+@triton.jit
+def load_coordinates(row, block, inside, C1: tl.constexpr, C2: tl.constexpr, BLOCK: tl.constexpr):
+    """Coordinates of a block of tokens, a power of two of them and one more: `(BLOCK, C1)` and `(BLOCK, C2)`."""
+    pointers = row + block * (BLOCK * (C1 + C2)) + tl.arange(0, BLOCK) * (C1 + C2)
+    first = load_rows(pointers, C1, inside, C1)
     second = first
     if C2 > 0:
-        second = tl.load(pointers + C1 + tl.arange(0, C2)[None, :], mask=inside[:, None], other=0.0)
+        second = load_rows(pointers + C1, C2, inside, C2)
     return first, second
 
 
@@ -225,14 +250,15 @@ def pair_column(i, j, r, kind):
 
 @triton.jit
 def coordinates_kernel(
-    frames, segment, coordinates, num_blocks, num_heads, num_chunks, chunk_size, length,
+    frames, segment, decays, coordinates, num_blocks, num_heads, num_chunks, chunk_size, length,
     frames_row, frames_token, frames_head, frames_vector, segment_row, segment_token,
-    KIND: tl.constexpr, SEGMENTS: tl.constexpr, r: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, PART: tl.constexpr,
+    KIND: tl.constexpr, SQUARED: tl.constexpr, SEGMENTS: tl.constexpr,
+    r: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """
-    Coordinates of frames in the order of `grassmann_memory.py`, zeros for padding: `(B * N * H, c, WIDTH)`. A thread
-    makes those of a token.
+    Coordinates of frames in the order of `grassmann_memory.py`, zeros for padding: `(B * N * H, c, WIDTH)`. Behind
+    them the same times decays `(B * N * H, c)`, if there are any, or times their roots where similarities are squared.
+    A thread makes those of a token.
     """
     block, sequence, row, head, first, size = locate(
         tl.program_id(0), num_blocks, num_heads, num_chunks, chunk_size, length
@@ -257,8 +283,18 @@ def coordinates_kernel(
                     columns += (a[i] * b[j] - a[j] * b[i],)
                 else:
                     columns += ((a[i] * a[j] + b[i] * b[j]) * 1.4142135623730951,)
+    inside = token < chunk_size
     pointers = coordinates + (sequence * chunk_size + token) * WIDTH
-    store_columns(pointers, columns, token < chunk_size, C, WIDTH)
+    store_columns(pointers, columns, inside, C, WIDTH)
+    if decays is not None:
+        decay = tl.load(decays + sequence * chunk_size + token, mask=inside, other=0.0)
+        if SQUARED:
+            decay = tl.sqrt(decay)
+        decayed = ()
+        for i in tl.static_range(C):
+            decayed += (columns[i] * decay,)
+        stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
+        store_columns(pointers + stride * WIDTH, decayed, inside, C, WIDTH)
 
 
 @triton.jit
@@ -364,10 +400,10 @@ def is_remembered(log_decay, dtype: tl.constexpr):
 
 
 @triton.jit
-def count_earlier(totals, block, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many blocks before this one it has not forgotten."""
+def count_earlier(totals, block, size, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks before this one it has not forgotten; none for one that is empty."""
     step = tl.arange(0, NUM_BLOCKS)
-    exists = step < block
+    exists = (step < block) & (block * BLOCK < size)
     # The decay between two blocks is that of the ones in between.
     between = tl.load(totals + (block - step) * BLOCK, mask=exists & (step > 0), other=0.0)
     return tl.sum((exists & is_remembered(tl.cumsum(between), dtype)).to(tl.int32))
@@ -407,7 +443,7 @@ def decay_inside(
 
 @triton.jit
 def pairs_kernel(
-    query, key, values, decays, segment, output, num_blocks, num_heads, num_chunks, chunk_size, length,
+    query, key, decayed_key, values, decays, segment, output, num_blocks, num_heads, num_chunks, chunk_size, length,
     values_row, values_token, values_head, segment_row, segment_token,
     SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
     SIMILARITY: tl.constexpr, PRECISION: tl.constexpr,
@@ -421,36 +457,35 @@ def pairs_kernel(
     stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
     decays += sequence * chunk_size
     totals = decays + 4 * stride
-    key += sequence * chunk_size * (C1 + C2)
+    coordinates = sequence * chunk_size * (C1 + C2)
     values += row * values_row + head * values_head + first.to(tl.int64) * values_token
     if SEGMENTS:
         segment += row * segment_row + first * segment_token
 
     token = block * BLOCK + place
     inside = token < size
-    x1, x2 = load_coordinates(query + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
+    x1, x2 = load_coordinates(query + coordinates, block, inside, C1, C2, BLOCK)
     total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     if NUM_BLOCKS > 1:
-        between = 0.0
-        for step in tl.range(0, count_earlier(totals, block, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
-            other = block - 1 - step
-            source = other * BLOCK + place
-            exists = source < size
-            real = load_real(segment, source, exists, segment_token, SEGMENTS)
-            y1, y2 = load_coordinates(key, source, exists, C1, C2)
-            v = load_values(values, source, channel, real, values_token, dv)
-            leaving = tl.load(decays + 3 * stride + source, mask=exists, other=0.0) * tl.exp(between)
-            between += tl.load(totals + other * BLOCK)
+        passed = 0.0
+        earlier = count_earlier(totals, block, size, values.dtype.element_ty, NUM_BLOCKS, BLOCK)
+        for step in tl.range(0, earlier):
+            other = block - earlier + step
+            real = load_real_block(segment, other, segment_token, SEGMENTS, BLOCK)
+            y1, y2 = load_coordinates(decayed_key + coordinates, other, None, C1, C2, BLOCK)
+            v = load_values(values, other, real, values_token, dv, BLOCK, BLOCK_V)
             s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
             if SQUARED:
                 s *= s
-            total = tl.dot((s * leaving[None, :]).to(v.dtype), v, total, input_precision=PRECISION)
+            total *= tl.exp(passed)
+            passed = tl.load(totals + (other + 1) * BLOCK)
+            total = tl.dot(s.to(v.dtype), v, total, input_precision=PRECISION)
         total *= tl.load(decays + 2 * stride + token, mask=inside, other=0.0)[:, None]
 
     decay, _ = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, False, BLOCK)
     real = load_real(segment, token, inside, segment_token, SEGMENTS)
-    y1, y2 = load_coordinates(key, token, inside, C1, C2)
-    v = load_values(values, token, channel, real, values_token, dv)
+    y1, y2 = load_coordinates(key + coordinates, block, inside, C1, C2, BLOCK)
+    v = load_values(values, block, real, values_token, dv, BLOCK, BLOCK_V)
     s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
     if SQUARED:
         s *= s
@@ -461,7 +496,7 @@ def pairs_kernel(
 
 @triton.jit
 def query_backward_kernel(
-    query, key, values, decays, segment, grad, grad_query, sums, block_sums,
+    query, key, decayed_key, values, decays, segment, grad, grad_query, sums, block_sums,
     num_blocks, num_heads, num_chunks, chunk_size, length,
     values_row, values_token, values_head, segment_row, segment_token,
     SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
@@ -472,11 +507,10 @@ def query_backward_kernel(
     program = longest_first(num_blocks, num_heads, LAST_BLOCK_FIRST=True)
     block, sequence, row, head, first, size = locate(program, num_blocks, num_heads, num_chunks, chunk_size, length)
     place = tl.arange(0, BLOCK)
-    channel = tl.arange(0, BLOCK_V)
     stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
     decays += sequence * chunk_size
     totals = decays + 4 * stride
-    key += sequence * chunk_size * (C1 + C2)
+    coordinates = sequence * chunk_size * (C1 + C2)
     values += row * values_row + head * values_head + first.to(tl.int64) * values_token
     if SEGMENTS:
         segment += row * segment_row + first * segment_token
@@ -484,37 +518,36 @@ def query_backward_kernel(
     token = block * BLOCK + place
     inside = token < size
     real = load_real(segment, token, inside, segment_token, SEGMENTS)
-    x1, x2 = load_coordinates(query + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
+    x1, x2 = load_coordinates(query + coordinates, block, inside, C1, C2, BLOCK)
     grad += ((row * length + first) * num_heads + head) * dv
-    do = load_values(grad, token, channel, real, num_heads * dv, dv)
+    do = load_values(grad, block, real, num_heads * dv, dv, BLOCK, BLOCK_V)
     total1 = tl.zeros([BLOCK, C1], tl.float32)
     total2 = tl.zeros([BLOCK, C2 if C2 > 0 else 1], tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     if NUM_BLOCKS > 1:
-        between = 0.0
-        for step in tl.range(0, count_earlier(totals, block, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
-            other = block - 1 - step
-            source = other * BLOCK + place
-            exists = source < size
-            real_source = load_real(segment, source, exists, segment_token, SEGMENTS)
-            y1, y2 = load_coordinates(key, source, exists, C1, C2)
-            v = load_values(values, source, channel, real_source, values_token, dv)
-            leaving = tl.load(decays + 3 * stride + source, mask=exists, other=0.0) * tl.exp(between)
-            between += tl.load(totals + other * BLOCK)
+        passed = 0.0
+        earlier = count_earlier(totals, block, size, values.dtype.element_ty, NUM_BLOCKS, BLOCK)
+        for step in tl.range(0, earlier):
+            other = block - earlier + step
+            real_source = load_real_block(segment, other, segment_token, SEGMENTS, BLOCK)
+            y1, y2 = load_coordinates(decayed_key + coordinates, other, None, C1, C2, BLOCK)
+            v = load_values(values, other, real_source, values_token, dv, BLOCK, BLOCK_V)
             s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
-            ds = tl.dot(do, tl.trans(v), input_precision=PRECISION) * leaving[None, :]
+            ds = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if SQUARED:
                 ds *= s
-            row_sum += tl.sum(ds * s, axis=1)
-            total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1, total2, C2, PRECISION)
+            kept = tl.exp(passed)
+            passed = tl.load(totals + (other + 1) * BLOCK)
+            row_sum = row_sum * kept + tl.sum(ds * s, axis=1)
+            total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1 * kept, total2 * kept, C2, PRECISION)
         entering = tl.load(decays + 2 * stride + token, mask=inside, other=0.0)
         total1 *= entering[:, None]
         total2 *= entering[:, None]
         row_sum *= entering
 
     decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, False, BLOCK)
-    y1, y2 = load_coordinates(key, token, inside, C1, C2)
-    v = load_values(values, token, channel, real, values_token, dv)
+    y1, y2 = load_coordinates(key + coordinates, block, inside, C1, C2, BLOCK)
+    v = load_values(values, block, real, values_token, dv, BLOCK, BLOCK_V)
     s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
     ds = tl.dot(do, tl.trans(v), input_precision=PRECISION) * decay
     if SQUARED:
@@ -524,14 +557,14 @@ def query_backward_kernel(
     if SQUARED:
         total1 *= 2.0
         total2 *= 2.0
-    store_coordinates(grad_query + sequence * chunk_size * (C1 + C2), token, inside, total1, total2, C1, C2)
+    store_coordinates(grad_query + coordinates, token, inside, total1, total2, C1, C2)
     tl.store(sums + sequence * chunk_size + token, row_sum, mask=inside)
     tl.store(block_sums + sequence * num_blocks + block, tl.sum(row_sum))
 
 
 @triton.jit
 def key_backward_kernel(
-    query, key, values, decays, segment, grad, grad_key, grad_values, sums, block_sums,
+    query, decayed_query, key, values, decays, segment, grad, grad_key, grad_values, sums, block_sums,
     num_blocks, num_heads, num_chunks, chunk_size, length,
     values_row, values_token, values_head, segment_row, segment_token,
     SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
@@ -546,7 +579,7 @@ def key_backward_kernel(
     stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
     decays += sequence * chunk_size
     totals = decays + 4 * stride
-    query += sequence * chunk_size * (C1 + C2)
+    coordinates = sequence * chunk_size * (C1 + C2)
     values += row * values_row + head * values_head + first.to(tl.int64) * values_token
     grad += ((row * length + first) * num_heads + head) * dv
     if SEGMENTS:
@@ -555,32 +588,33 @@ def key_backward_kernel(
     token = block * BLOCK + place
     inside = token < size
     real = load_real(segment, token, inside, segment_token, SEGMENTS)
-    y1, y2 = load_coordinates(key + sequence * chunk_size * (C1 + C2), token, inside, C1, C2)
-    v = load_values(values, token, channel, real, values_token, dv)
+    y1, y2 = load_coordinates(key + coordinates, block, inside, C1, C2, BLOCK)
+    v = load_values(values, block, real, values_token, dv, BLOCK, BLOCK_V)
     total1 = tl.zeros([BLOCK, C1], tl.float32)
     total2 = tl.zeros([BLOCK, C2 if C2 > 0 else 1], tl.float32)
     total_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     column_sum = tl.zeros([BLOCK], tl.float32)
     if NUM_BLOCKS > 1:
-        between = 0.0
-        for step in tl.range(0, count_later(totals, block, num_blocks, values.dtype.element_ty, NUM_BLOCKS, BLOCK)):
-            other = block + 1 + step
+        passed = 0.0
+        later = count_later(totals, block, num_blocks, values.dtype.element_ty, NUM_BLOCKS, BLOCK)
+        for step in tl.range(0, later):
+            other = block + later - step
             reader = other * BLOCK + place
             exists = reader < size
             real_reader = load_real(segment, reader, exists, segment_token, SEGMENTS)
-            x1, x2 = load_coordinates(query, reader, exists, C1, C2)
-            do = load_values(grad, reader, channel, real_reader, num_heads * dv, dv)
-            entering = tl.load(decays + 2 * stride + reader, mask=exists, other=0.0) * tl.exp(between)
-            between += tl.load(totals + other * BLOCK)
+            x1, x2 = load_coordinates(decayed_query + coordinates, other, exists, C1, C2, BLOCK)
+            do = load_values(grad, other, real_reader, num_heads * dv, dv, BLOCK, BLOCK_V)
             s = inner_products(y1, y2, x1, x2, C2, SIMILARITY)
-            ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * entering[None, :]
-            a = s * entering[None, :]
+            ds = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            a = s
             if SQUARED:
                 ds *= s
                 a *= s
-            column_sum += tl.sum(ds * s, axis=1)
-            total_v = tl.dot(a.to(v.dtype), do, total_v, input_precision=PRECISION)
-            total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1, total2, C2, PRECISION)
+            kept = tl.exp(passed)
+            passed = tl.load(totals + (other - 1) * BLOCK)
+            column_sum = column_sum * kept + tl.sum(ds * s, axis=1)
+            total_v = tl.dot(a.to(v.dtype), do, total_v * kept, input_precision=PRECISION)
+            total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1 * kept, total2 * kept, C2, PRECISION)
         leaving = tl.load(decays + 3 * stride + token, mask=inside, other=0.0)
         total_v *= leaving[:, None]
         total1 *= leaving[:, None]
@@ -588,8 +622,8 @@ def key_backward_kernel(
         column_sum *= leaving
 
     decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, True, BLOCK)
-    x1, x2 = load_coordinates(query, token, inside, C1, C2)
-    do = load_values(grad, token, channel, real, num_heads * dv, dv)
+    x1, x2 = load_coordinates(query + coordinates, block, inside, C1, C2, BLOCK)
+    do = load_values(grad, block, real, num_heads * dv, dv, BLOCK, BLOCK_V)
     s = inner_products(y1, y2, x1, x2, C2, SIMILARITY)
     ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * decay
     a = s * decay
@@ -602,7 +636,7 @@ def key_backward_kernel(
     if SQUARED:
         total1 *= 2.0
         total2 *= 2.0
-    store_coordinates(grad_key + sequence * chunk_size * (C1 + C2), token, inside, total1, total2, C1, C2)
+    store_coordinates(grad_key + coordinates, token, inside, total1, total2, C1, C2)
     pointers = grad_values + ((row * length + first + token) * num_heads + head)[:, None] * dv + channel[None, :]
     tl.store(pointers, total_v.to(grad_values.dtype.element_ty), mask=inside[:, None] & (channel < dv)[None, :])
     tl.store(sums + sequence * chunk_size + token, column_sum, mask=inside)
@@ -708,7 +742,7 @@ def coordinates_options(kernel: str, frames: torch.Tensor, chunk_size: int) -> t
     """What both kernels of coordinates are compiled for, and their blocks of tokens in a chunk: a thread for each."""
     r, num_warps = frames.shape[-1], 4
     options = {
-        "KIND": KERNELS[kernel][0], "r": r, "C": num_coordinates(kernel, r), "WIDTH": coordinates_width(kernel, r),
+        "KIND": KERNELS[kernel][0], "SQUARED": KERNELS[kernel][1], "r": r, "C": num_coordinates(kernel, r), "WIDTH": coordinates_width(kernel, r),
         # Numbers that are loaded at once: 16 bytes, if vectors begin at multiples of them.
         "BLOCK": 32 * num_warps, "PART": math.gcd(16 // frames.element_size(), *frames.stride()[:4]),
         "num_warps": num_warps,
@@ -748,13 +782,13 @@ def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, backw
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
-    """Memory for coordinates of queries and keys, and for what [`decays_kernel`] gives."""
+    """Memory for what [`coordinates_kernel`] makes of queries and of keys, and for what [`decays_kernel`] gives."""
     num_sequences = values.shape[0] * count_chunks(values.shape[1], chunk_size) * values.shape[2]
     width = coordinates_width(kernel, query.shape[-1])
     dtype = coordinate_dtype(kernel, values.dtype)
     return (
-        values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
-        values.new_empty(num_sequences, chunk_size, width, dtype=dtype),
+        values.new_empty(2, num_sequences, chunk_size, width, dtype=dtype),
+        values.new_empty(2, num_sequences, chunk_size, width, dtype=dtype),
         values.new_empty(5, num_sequences, chunk_size, dtype=torch.float32),
     )
 
@@ -820,16 +854,7 @@ def memory_pairs_op(
         return output, *intermediates
     values, strides = unit_stride(values), segment_strides(segment, batch)
     query_coordinates, key_coordinates, decays = intermediates
-    num_sequences = query_coordinates.shape[0]
-    num_chunks = count_chunks(length, chunk_size)
-    for frames, coordinates in ((query, query_coordinates), (key, key_coordinates)):
-        frames = unit_stride(frames)
-        options, blocks = coordinates_options(kernel, frames, chunk_size)
-        coordinates_kernel[(blocks * num_sequences,)](
-            frames, segment, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
-            *frames.stride()[:4], *strides,
-            SEGMENTS=segment is not None, **options,
-        )  # fmt: skip
+    num_sequences, num_chunks = decays.shape[1], count_chunks(length, chunk_size)
     block = block_size(values.dtype)
     num_blocks = ceil_div(chunk_size, block)
     grid, sizes = (num_blocks * num_sequences,), (num_blocks, num_heads, num_chunks, chunk_size, length)
@@ -837,8 +862,17 @@ def memory_pairs_op(
         log_decay, segment, decays, *sizes, *log_decay.stride(), *strides,
         MIN_LOG_DECAY=MIN_LOG_DECAY, SEGMENTS=segment is not None, BLOCK=block, num_warps=2,
     )  # fmt: skip
+    # A query is entered through its block's beginning, a key leaves through its end.
+    for frames, decay, coordinates in ((query, decays[2], query_coordinates), (key, decays[3], key_coordinates)):
+        frames = unit_stride(frames)
+        options, blocks = coordinates_options(kernel, frames, chunk_size)
+        coordinates_kernel[(blocks * num_sequences,)](
+            frames, segment, decay, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
+            *frames.stride()[:4], *strides,
+            SEGMENTS=segment is not None, **options,
+        )  # fmt: skip
     pairs_kernel[grid](
-        query_coordinates, key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
+        query_coordinates[0], *key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
         **pairs_options(query, values, segment, kernel, num_blocks),
         **launch_options(query, values, kernel, backward=False),
     )  # fmt: skip
@@ -871,24 +905,24 @@ def memory_pairs_backward_op(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, values, log_decay)]
     if grad.numel() == 0:
         return tuple(gradient.zero_() for gradient in grads)
-    num_sequences, num_chunks = query_coordinates.shape[0], count_chunks(length, chunk_size)
+    num_sequences, num_chunks = decays.shape[1], count_chunks(length, chunk_size)
     block = block_size(values.dtype)
     num_blocks = ceil_div(chunk_size, block)
     grad, values, strides = grad.contiguous(), unit_stride(values), segment_strides(segment, batch)
     # Of queries, then of keys.
-    grad_coordinates = grad.new_empty(2, *query_coordinates.shape)
+    grad_coordinates = torch.empty_like(query_coordinates, dtype=grad.dtype)
     sums = grad.new_empty(2, num_sequences, chunk_size, dtype=torch.float32)
     block_sums = grad.new_empty(2, num_sequences, num_blocks, dtype=torch.float32)
     grid = (num_blocks * num_sequences,)
     sizes = (num_blocks, num_heads, num_chunks, chunk_size, length)
     options = pairs_options(query, values, segment, kernel, num_blocks)
-    inputs = (query_coordinates, key_coordinates, values, decays, segment, grad)
+    inputs = (values, decays, segment, grad)
     query_backward_kernel[grid](
-        *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
+        query_coordinates[0], *key_coordinates, *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, backward=True),
     )  # fmt: skip
     key_backward_kernel[grid](
-        *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
+        *query_coordinates, key_coordinates[0], *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, backward=True),
     )  # fmt: skip
     decays_backward_kernel[grid](

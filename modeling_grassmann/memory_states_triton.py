@@ -196,7 +196,8 @@ def make_coordinates(frames: torch.Tensor, dtype: torch.dtype, kernel: str, chun
     frames = unit_stride(frames)
     options, blocks = coordinates_options(kernel, frames, chunk_size)
     coordinates_kernel[(blocks * coordinates.shape[0],)](
-        frames, None, coordinates, blocks, num_heads, num_chunks, chunk_size, length, *frames.stride()[:4], 0, 0,
+        frames, None, None, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
+        *frames.stride()[:4], 0, 0,
         SEGMENTS=False, **options,
     )  # fmt: skip
     return coordinates
