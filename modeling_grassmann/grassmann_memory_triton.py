@@ -742,7 +742,7 @@ def coordinates_options(kernel: str, frames: torch.Tensor, chunk_size: int) -> t
     """What both kernels of coordinates are compiled for, and their blocks of tokens in a chunk: a thread for each."""
     r, num_warps = frames.shape[-1], 4
     options = {
-        "KIND": KERNELS[kernel][0], "SQUARED": KERNELS[kernel][1], "r": r, "C": num_coordinates(kernel, r), "WIDTH": coordinates_width(kernel, r),
+        "KIND": KERNELS[kernel][0], "r": r, "C": num_coordinates(kernel, r), "WIDTH": coordinates_width(kernel, r),
         # Numbers that are loaded at once: 16 bytes, if vectors begin at multiples of them.
         "BLOCK": 32 * num_warps, "PART": math.gcd(16 // frames.element_size(), *frames.stride()[:4]),
         "num_warps": num_warps,
@@ -869,7 +869,7 @@ def memory_pairs_op(
         coordinates_kernel[(blocks * num_sequences,)](
             frames, segment, decay, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
             *frames.stride()[:4], *strides,
-            SEGMENTS=segment is not None, **options,
+            SQUARED=KERNELS[kernel][1], SEGMENTS=segment is not None, **options,
         )  # fmt: skip
     pairs_kernel[grid](
         query_coordinates[0], *key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,

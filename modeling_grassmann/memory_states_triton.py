@@ -198,7 +198,7 @@ def make_coordinates(frames: torch.Tensor, dtype: torch.dtype, kernel: str, chun
     coordinates_kernel[(blocks * coordinates.shape[0],)](
         frames, None, None, coordinates, blocks, num_heads, num_chunks, chunk_size, length,
         *frames.stride()[:4], 0, 0,
-        SEGMENTS=False, **options,
+        SQUARED=False, SEGMENTS=False, **options,
     )  # fmt: skip
     return coordinates
 
