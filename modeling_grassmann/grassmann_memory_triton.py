@@ -771,14 +771,22 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, backward: bool) -> dict[str, int]:
-    """Warps and stages of the kernels of pairs: two parts of coordinates need more registers."""
-    width = coordinates_width(kernel, query.shape[-1])
-    converted = coordinate_dtype(kernel, values.dtype) != values.dtype
+# Options of a kernel of pairs by the width of its coordinates, for values in half precisions up to a size of 32.
+LAUNCH_OPTIONS = {}
+
+
+def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name: str) -> dict[str, int]:
+    """Warps, stages and registers of a kernel of pairs: two parts of coordinates need more registers."""
+    width, dv = coordinates_width(kernel, query.shape[-1]), values.shape[-1]
+    backward = name != "pairs"
+    options = {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
+    if values.dtype != torch.float32 and dv <= 32:
+        options |= LAUNCH_OPTIONS.get((name, width), {})
     # On Hopper, products of bfloat16 made of 32 columns of float16 are wrong beside wider values, if these columns are
     # loaded ahead (Triton 3.6).
-    one_stage = backward and converted and width == 32 and values.shape[-1] > 32
-    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 1 if one_stage else 2}
+    if backward and coordinate_dtype(kernel, values.dtype) != values.dtype and width == 32 and dv > 32:
+        options["num_stages"] = 1
+    return options
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
@@ -874,7 +882,7 @@ def memory_pairs_op(
     pairs_kernel[grid](
         query_coordinates[0], *key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
         **pairs_options(query, values, segment, kernel, num_blocks),
-        **launch_options(query, values, kernel, backward=False),
+        **launch_options(query, values, kernel, "pairs"),
     )  # fmt: skip
     return output, *intermediates
 
@@ -919,11 +927,11 @@ def memory_pairs_backward_op(
     inputs = (values, decays, segment, grad)
     query_backward_kernel[grid](
         query_coordinates[0], *key_coordinates, *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
-        **options, **launch_options(query, values, kernel, backward=True),
+        **options, **launch_options(query, values, kernel, "query_backward"),
     )  # fmt: skip
     key_backward_kernel[grid](
         *query_coordinates, key_coordinates[0], *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
-        **options, **launch_options(query, values, kernel, backward=True),
+        **options, **launch_options(query, values, kernel, "key_backward"),
     )  # fmt: skip
     decays_backward_kernel[grid](
         log_decay, segment, sums, block_sums, grads[3], *sizes, *log_decay.stride(), *strides,
