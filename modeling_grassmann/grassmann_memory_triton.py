@@ -771,22 +771,22 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-# Options of a kernel of pairs by the width of its coordinates, for values in half precisions up to a size of 32.
-LAUNCH_OPTIONS = {}
-
-
 def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name: str) -> dict[str, int]:
-    """Warps, stages and registers of a kernel of pairs: two parts of coordinates need more registers."""
+    """Warps, stages and registers of a kernel of pairs, as measured on an H200."""
     width, dv = coordinates_width(kernel, query.shape[-1]), values.shape[-1]
     backward = name != "pairs"
-    options = {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
     if values.dtype != torch.float32 and dv <= 32:
-        options |= LAUNCH_OPTIONS.get((name, width), {})
+        options = {"num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+        if (name, width) in (("query_backward", 32), ("key_backward", 32), ("query_backward", 64)):
+            # A third block of tokens at a time on each multiprocessor.
+            options["maxnreg"] = 168
+        return options
     # On Hopper, products of bfloat16 made of 32 columns of float16 are wrong beside wider values, if these columns are
     # loaded ahead (Triton 3.6).
-    if backward and coordinate_dtype(kernel, values.dtype) != values.dtype and width == 32 and dv > 32:
-        options["num_stages"] = 1
-    return options
+    converted = coordinate_dtype(kernel, values.dtype) != values.dtype
+    one_stage = backward and converted and width == 32
+    # Two parts of coordinates need more registers.
+    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 1 if one_stage else 2}
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
