@@ -26,6 +26,17 @@ SIZES |= {
     "13M-memory": {**SIZES["13M"], **MEMORY, "intermediate_size": 768, "memory_reduced_size": 8},
     "13M-memory-r10": {**SIZES["13M"], **MEMORY, "intermediate_size": 752, "memory_reduced_size": 10},
     "13M-memory-r16": {**SIZES["13M"], **MEMORY, "intermediate_size": 704, "memory_reduced_size": 16},
+    **{
+        f"13M-memory-r{size}-3heads": {
+            **SIZES["13M"],
+            **MEMORY,
+            "intermediate_size": hidden,
+            "memory_reduced_size": size,
+            "num_memory_heads": 3,
+            "memory_value_size": 64,
+        }
+        for size, hidden in {8: 800, 10: 792, 12: 784}.items()
+    },
     "110M-memory": {
         **SIZES["110M"],
         **MEMORY,

@@ -17,10 +17,12 @@ tensor exists, in either direction.
 
 **Decays.** With sums :math:`c_t` of log decays from the beginning of its block to a token, a token of a block sees one
 of an earlier block through three factors that are at most one: :math:`e^{c_t}`, the whole decay of the blocks between,
-and the decay from `s` to the end of its block. A start of a sequence on the way makes one of them zero. So the pairs
-of two blocks need no exponential and no mask, only sums that are never positive are exponentiated, and none of them is
-a difference of large numbers. Inside of a block it is :math:`e^{c_t - c_s}`, where `c` is kept in two float32 numbers.
-Blocks that are forgotten, through decay or through the start of a sequence, are not visited.
+and the decay from `s` to the end of its block. A start of a sequence on the way makes one of them zero. The last one,
+or its root if `f` is a square, is in a second copy of the coordinates of `s`. The first one multiplies the sum, and a
+block on the way what was summed before it. So the pairs of two blocks need no decay and no mask, only sums that are
+never positive are exponentiated, and none of them is a difference of large numbers. Inside of a block the decay is
+:math:`e^{c_t - c_s}`, where `c` is kept in two float32 numbers. Blocks that are forgotten, through decay or through
+the start of a sequence, are not visited.
 
 **Gradients.** With :math:`\bar A_{ts} = \langle \bar o_t, v_s \rangle`, those of `v`, `x` and `y` are
 :math:`A^\top \bar o`, :math:`\bar S y` and :math:`\bar S^\top x`, where :math:`\bar S = D \odot f'(S) \odot \bar A`.
@@ -880,7 +882,8 @@ def memory_pairs_op(
             SQUARED=KERNELS[kernel][1], SEGMENTS=segment is not None, **options,
         )  # fmt: skip
     pairs_kernel[grid](
-        query_coordinates[0], *key_coordinates, values, decays, segment, output, *sizes, *values.stride()[:3], *strides,
+        query_coordinates[0], *key_coordinates, values, decays, segment, output,
+        *sizes, *values.stride()[:3], *strides,
         **pairs_options(query, values, segment, kernel, num_blocks),
         **launch_options(query, values, kernel, "pairs"),
     )  # fmt: skip
@@ -926,11 +929,13 @@ def memory_pairs_backward_op(
     options = pairs_options(query, values, segment, kernel, num_blocks)
     inputs = (values, decays, segment, grad)
     query_backward_kernel[grid](
-        query_coordinates[0], *key_coordinates, *inputs, grad_coordinates[0], sums[0], block_sums[0], *sizes, *values.stride()[:3], *strides,
+        query_coordinates[0], *key_coordinates, *inputs, grad_coordinates[0], sums[0], block_sums[0],
+        *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, "query_backward"),
     )  # fmt: skip
     key_backward_kernel[grid](
-        *query_coordinates, key_coordinates[0], *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1], *sizes, *values.stride()[:3], *strides,
+        *query_coordinates, key_coordinates[0], *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1],
+        *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, "key_backward"),
     )  # fmt: skip
     decays_backward_kernel[grid](
