@@ -498,7 +498,7 @@ def pairs_kernel(
 
 @triton.jit
 def query_backward_kernel(
-    query, key, decayed_key, values, decays, segment, grad, grad_query, sums, block_sums,
+    query, key, decayed_key, rounded_key, values, decays, segment, grad, grad_query, sums, block_sums,
     num_blocks, num_heads, num_chunks, chunk_size, length,
     values_row, values_token, values_head, segment_row, segment_token,
     SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
@@ -541,6 +541,8 @@ def query_backward_kernel(
             kept = tl.exp(passed)
             passed = tl.load(totals + (other + 1) * BLOCK)
             row_sum = row_sum * kept + tl.sum(ds * s, axis=1)
+            if rounded_key is not None:
+                y1, y2 = load_coordinates(rounded_key + coordinates, other, None, C1, C2, BLOCK)
             total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1 * kept, total2 * kept, C2, PRECISION)
         entering = tl.load(decays + 2 * stride + token, mask=inside, other=0.0)
         total1 *= entering[:, None]
@@ -566,7 +568,7 @@ def query_backward_kernel(
 
 @triton.jit
 def key_backward_kernel(
-    query, decayed_query, key, values, decays, segment, grad, grad_key, grad_values, sums, block_sums,
+    query, decayed_query, rounded_query, key, values, decays, segment, grad, grad_key, grad_values, sums, block_sums,
     num_blocks, num_heads, num_chunks, chunk_size, length,
     values_row, values_token, values_head, segment_row, segment_token,
     SQUARED: tl.constexpr, SEGMENTS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, dv: tl.constexpr,
@@ -616,6 +618,8 @@ def key_backward_kernel(
             passed = tl.load(totals + (other - 1) * BLOCK)
             column_sum = column_sum * kept + tl.sum(ds * s, axis=1)
             total_v = tl.dot(a.to(v.dtype), do, total_v * kept, input_precision=PRECISION)
+            if rounded_query is not None:
+                x1, x2 = load_coordinates(rounded_query + coordinates, other, exists, C1, C2, BLOCK)
             total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1 * kept, total2 * kept, C2, PRECISION)
         leaving = tl.load(decays + 3 * stride + token, mask=inside, other=0.0)
         total_v *= leaving[:, None]
@@ -783,12 +787,8 @@ def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name:
             # A third block of tokens at a time on each multiprocessor.
             options["maxnreg"] = 168
         return options
-    # On Hopper, products of bfloat16 made of 32 columns of float16 are wrong beside wider values, if these columns are
-    # loaded ahead (Triton 3.6).
-    converted = coordinate_dtype(kernel, values.dtype) != values.dtype
-    one_stage = backward and converted and width == 32
     # Two parts of coordinates need more registers.
-    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 1 if one_stage else 2}
+    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
@@ -928,13 +928,20 @@ def memory_pairs_backward_op(
     sizes = (num_blocks, num_heads, num_chunks, chunk_size, length)
     options = pairs_options(query, values, segment, kernel, num_blocks)
     inputs = (values, decays, segment, grad)
+    # Products with gradients take coordinates in their type. Those that are loaded ahead and rounded in registers
+    # take more time, and on Hopper 32 columns of them are wrong (Triton 3.6).
+    rounded_query, rounded_key = (
+        None if coordinates.dtype == values.dtype else coordinates[1].to(values.dtype)
+        for coordinates in (query_coordinates, key_coordinates)
+    )
     query_backward_kernel[grid](
-        query_coordinates[0], *key_coordinates, *inputs, grad_coordinates[0], sums[0], block_sums[0],
+        query_coordinates[0], *key_coordinates, rounded_key, *inputs, grad_coordinates[0], sums[0], block_sums[0],
         *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, "query_backward"),
     )  # fmt: skip
     key_backward_kernel[grid](
-        *query_coordinates, key_coordinates[0], *inputs, grad_coordinates[1], grads[2], sums[1], block_sums[1],
+        *query_coordinates, rounded_query, key_coordinates[0], *inputs,
+        grad_coordinates[1], grads[2], sums[1], block_sums[1],
         *sizes, *values.stride()[:3], *strides,
         **options, **launch_options(query, values, kernel, "key_backward"),
     )  # fmt: skip
