@@ -781,7 +781,7 @@ def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name:
     """Warps, stages and registers of a kernel of pairs, as measured on an H200."""
     width, dv = coordinates_width(kernel, query.shape[-1]), values.shape[-1]
     backward = name != "pairs"
-    if values.dtype != torch.float32 and dv <= 32:
+    if values.dtype != torch.float32 and dv <= 32 and width not in (96, 160):
         options = {"num_warps": 4, "num_stages": 3 if width <= 64 else 2}
         if (name, width) in (("query_backward", 32), ("key_backward", 32), ("query_backward", 64)):
             # A third block of tokens at a time on each multiprocessor.
