@@ -166,10 +166,10 @@ def inner_products(x1, x2, y1, y2, C2: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiply_add(a, y1, y2, total1, total2, C2: tl.constexpr, PRECISION: tl.constexpr):
-    """Add `a @ y` to totals, in the type of `a`."""
-    total1 = tl.dot(a, y1.to(a.dtype), total1, input_precision=PRECISION)
+    """Add `a @ y` to totals."""
+    total1 = tl.dot(a, y1, total1, input_precision=PRECISION)
     if C2 > 0:
-        total2 = tl.dot(a, y2.to(a.dtype), total2, input_precision=PRECISION)
+        total2 = tl.dot(a, y2, total2, input_precision=PRECISION)
     return total1, total2
 
 
@@ -551,13 +551,16 @@ def query_backward_kernel(
 
     decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, False, BLOCK)
     y1, y2 = load_coordinates(key + coordinates, block, inside, C1, C2, BLOCK)
+    # Early: where these take the shared memory of values that are no longer needed, with another layout, the assembler
+    # of CUDA 12.8 reads 32 columns of them from a wrong address (Hopper).
+    rounded1, rounded2 = y1.to(do.dtype), y2.to(do.dtype)
     v = load_values(values, block, real, values_token, dv, BLOCK, BLOCK_V)
     s = inner_products(x1, x2, y1, y2, C2, SIMILARITY)
     ds = tl.dot(do, tl.trans(v), input_precision=PRECISION) * decay
     if SQUARED:
         ds *= s
     row_sum += tl.sum(tl.where(before, ds * s, 0.0), axis=1)
-    total1, total2 = multiply_add(ds.to(v.dtype), y1, y2, total1, total2, C2, PRECISION)
+    total1, total2 = multiply_add(ds.to(v.dtype), rounded1, rounded2, total1, total2, C2, PRECISION)
     if SQUARED:
         total1 *= 2.0
         total2 *= 2.0
@@ -629,6 +632,8 @@ def key_backward_kernel(
 
     decay, before = decay_inside(decays, segment, token, inside, stride, segment_token, SEGMENTS, True, BLOCK)
     x1, x2 = load_coordinates(query + coordinates, block, inside, C1, C2, BLOCK)
+    # As in `query_backward_kernel`.
+    rounded1, rounded2 = x1.to(v.dtype), x2.to(v.dtype)
     do = load_values(grad, block, real, num_heads * dv, dv, BLOCK, BLOCK_V)
     s = inner_products(y1, y2, x1, x2, C2, SIMILARITY)
     ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * decay
@@ -638,7 +643,7 @@ def key_backward_kernel(
         a *= s
     column_sum += tl.sum(tl.where(before, ds * s, 0.0), axis=1)
     total_v = tl.dot(a.to(v.dtype), do, total_v, input_precision=PRECISION)
-    total1, total2 = multiply_add(ds.to(v.dtype), x1, x2, total1, total2, C2, PRECISION)
+    total1, total2 = multiply_add(ds.to(v.dtype), rounded1, rounded2, total1, total2, C2, PRECISION)
     if SQUARED:
         total1 *= 2.0
         total2 *= 2.0
@@ -928,8 +933,8 @@ def memory_pairs_backward_op(
     sizes = (num_blocks, num_heads, num_chunks, chunk_size, length)
     options = pairs_options(query, values, segment, kernel, num_blocks)
     inputs = (values, decays, segment, grad)
-    # Products with gradients take coordinates in their type. Those that are loaded ahead and rounded in registers
-    # take more time, and on Hopper 32 columns of them are wrong (Triton 3.6).
+    # Products with gradients take coordinates in their type. Those that are loaded ahead would be rounded in registers
+    # and stored again.
     rounded_query, rounded_key = (
         None if coordinates.dtype == values.dtype else coordinates[1].to(values.dtype)
         for coordinates in (query_coordinates, key_coordinates)
