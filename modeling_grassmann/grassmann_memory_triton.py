@@ -792,6 +792,8 @@ def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name:
             # A third block of tokens at a time on each multiprocessor.
             options["maxnreg"] = 168
         return options
+    if name == "pairs" and values.dtype != torch.float32 and dv == 64 and width == 64:
+        return {"num_warps": 4, "num_stages": 3}
     # Two parts of coordinates need more registers.
     return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
 
