@@ -20,7 +20,7 @@ SIZES = {
     # For tests of the benchmarks themselves.
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "reduced_size": 4, "vocab_size": 100},
 }
-# Of the same widths, with memories: the presets of the package, and two with larger planes.
+# Of the same widths, with memories.
 MEMORY = {"mixer_types": "memory", "gated_mlp": True, "hidden_act": "silu", "norm_placement": "pre"}
 SIZES |= {
     "13M-memory": {**SIZES["13M"], **MEMORY, "intermediate_size": 768, "memory_reduced_size": 8},
