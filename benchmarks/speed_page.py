@@ -54,8 +54,8 @@ SECTIONS = [
         "`13M-memory-r10`, with planes in R^10, is ahead in rows of 65,536 alone, `13M-memory-r16` is slower still.\n"
         "Three heads with values twice as wide have half the pairs: `13M-memory-r10-3heads`, the preset, trains at\n"
         "0.99 of Llama's speed in rows of 4,096, and as fast in rows of 16,384. Its record is of newer kernels than\n"
-        "those of the others. In all of them a row of up to 8,192 tokens was read by pairs of tokens, but those that\n"
-        "a head has forgotten, and a longer one in chunks, through states. Now the limit is 16,384.\n\n"
+        "those of the others. A row of up to 8,192 tokens is read by pairs of tokens, but those that a head has\n"
+        "forgotten; a longer one in chunks, through states.\n\n"
         "In plain calls, which take the most memory, a step of 16 rows of 4,096 tokens peaks at 6.6 GiB with these\n"
         "three heads, and at 6.0 with Llama.",
     ),

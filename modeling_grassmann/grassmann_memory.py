@@ -66,12 +66,12 @@ except ImportError:
 MIN_LOG_DECAY = -100.0
 # Chunks whose states one product computes from what each of them writes.
 CHUNKS_PER_GROUP = 16
-# Tokens in a chunk of the fused kernels, and the longest row that is one chunk. On an H200, with decays as they are
-# initialised, a row of 16,384 takes 36 ns a token, forward and backward, over pairs alone and 111 with states for six
-# heads of planes in R^8, 39 and 95 for three of planes in R^10, as blocks that a head has forgotten are skipped. Where
-# heads forget nothing it is 112 and 120, or 84 and 99; in a row of 32,768 then 210 and 92, or 165 and 118.
+# Tokens in a chunk of the fused kernels, and the longest row that is one chunk. On an H200, with planes in R^8 and
+# decays as they are initialised, a step over pairs alone takes 10 ns a token in rows of 1,024, 17 of 4,096 and 22 of
+# 8,192, as blocks that a head has forgotten are skipped. With states it takes 49, in rows of 16,384 too. Pairs alone
+# take 28 there, but would take several times that with heads that forget nothing.
 FUSED_CHUNK_SIZE = 2048
-LONGEST_FUSED_ROW = 16384
+LONGEST_FUSED_ROW = 8192
 # Features that exist at once: in float32, 16 MiB.
 MAX_FEATURES = 2**22
 

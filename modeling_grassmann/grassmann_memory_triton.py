@@ -19,10 +19,11 @@ tensor exists, in either direction.
 of an earlier block through three factors that are at most one: :math:`e^{c_t}`, the whole decay of the blocks between,
 and the decay from `s` to the end of its block. A start of a sequence on the way makes one of them zero. The last one,
 or its root if `f` is a square, is in a second copy of the coordinates of `s`. The first one multiplies the sum, and a
-block on the way what was summed before it. So the pairs of two blocks need no decay and no mask, only sums that are
-never positive are exponentiated, and none of them is a difference of large numbers. Inside of a block the decay is
-:math:`e^{c_t - c_s}`, where `c` is kept in two float32 numbers. Blocks that are forgotten, through decay or through
-the start of a sequence, are not visited.
+block on the way what was summed before it. For gradients of `s` it is the other way round: the first is in a second
+copy of the coordinates of `t`, the last one multiplies the sum. So the pairs of two blocks need no decay and no mask,
+only sums that are never positive are exponentiated, and none of them is a difference of large numbers. Inside of a
+block the decay is :math:`e^{c_t - c_s}`, where `c` is kept in two float32 numbers. Blocks that are forgotten, through
+decay or through the start of a sequence, are not visited.
 
 **Gradients.** With :math:`\bar A_{ts} = \langle \bar o_t, v_s \rangle`, those of `v`, `x` and `y` are
 :math:`A^\top \bar o`, :math:`\bar S y` and :math:`\bar S^\top x`, where :math:`\bar S = D \odot f'(S) \odot \bar A`.
@@ -380,7 +381,8 @@ def decays_kernel(
     leaving = tl.exp((total - until).to(tl.float32))
     total = total.to(tl.float32)
     if SEGMENTS:
-        before, _ = load_segments(segment + (block * BLOCK - 1) * segment_token, block > 0)
+        follows = (block > 0) & (block * BLOCK < size)
+        before, _ = load_segments(segment + (block * BLOCK - 1) * segment_token, follows)
         last, _ = load_segments(segment + (tl.minimum(block * BLOCK + BLOCK, size) - 1) * segment_token, size > 0)
         entering = tl.where((block > 0) & (number == before), entering, 0.0)
         leaving = tl.where(number == last, leaving, 0.0)
@@ -412,10 +414,10 @@ def count_earlier(totals, block, size, dtype: tl.constexpr, NUM_BLOCKS: tl.const
 
 
 @triton.jit
-def count_later(totals, block, num_blocks, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many blocks behind this one have not forgotten it."""
+def count_later(totals, block, size, dtype: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks behind this one have not forgotten it, without those that are empty."""
     step = tl.arange(0, NUM_BLOCKS)
-    exists = step < num_blocks - 1 - block
+    exists = step < tl.cdiv(size, BLOCK) - 1 - block
     between = tl.load(totals + (block + step) * BLOCK, mask=exists & (step > 0), other=0.0)
     return tl.sum((exists & is_remembered(tl.cumsum(between), dtype)).to(tl.int32))
 
@@ -603,7 +605,7 @@ def key_backward_kernel(
     column_sum = tl.zeros([BLOCK], tl.float32)
     if NUM_BLOCKS > 1:
         passed = 0.0
-        later = count_later(totals, block, num_blocks, values.dtype.element_ty, NUM_BLOCKS, BLOCK)
+        later = count_later(totals, block, size, values.dtype.element_ty, NUM_BLOCKS, BLOCK)
         for step in tl.range(0, later):
             other = block + later - step
             reader = other * BLOCK + place
