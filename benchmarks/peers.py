@@ -22,21 +22,14 @@ SIZES = {
 }
 # Of the same widths, with memories.
 MEMORY = {"mixer_types": "memory", "gated_mlp": True, "hidden_act": "silu", "norm_placement": "pre"}
+HEADS = {"num_memory_heads": 3, "memory_value_size": 64}
 SIZES |= {
     "13M-memory": {**SIZES["13M"], **MEMORY, "intermediate_size": 768, "memory_reduced_size": 8},
     "13M-memory-r10": {**SIZES["13M"], **MEMORY, "intermediate_size": 752, "memory_reduced_size": 10},
     "13M-memory-r16": {**SIZES["13M"], **MEMORY, "intermediate_size": 704, "memory_reduced_size": 16},
-    **{
-        f"13M-memory-r{size}-3heads": {
-            **SIZES["13M"],
-            **MEMORY,
-            "intermediate_size": hidden,
-            "memory_reduced_size": size,
-            "num_memory_heads": 3,
-            "memory_value_size": 64,
-        }
-        for size, hidden in {8: 800, 10: 792, 12: 784}.items()
-    },
+    "13M-memory-r8-3heads": {**SIZES["13M"], **MEMORY, **HEADS, "intermediate_size": 800, "memory_reduced_size": 8},
+    "13M-memory-r10-3heads": {**SIZES["13M"], **MEMORY, **HEADS, "intermediate_size": 792, "memory_reduced_size": 10},
+    "13M-memory-r12-3heads": {**SIZES["13M"], **MEMORY, **HEADS, "intermediate_size": 784, "memory_reduced_size": 12},
     "110M-memory": {
         **SIZES["110M"],
         **MEMORY,

@@ -384,7 +384,7 @@ def decays_kernel(
         follows = (block > 0) & (block * BLOCK < size)
         before, _ = load_segments(segment + (block * BLOCK - 1) * segment_token, follows)
         last, _ = load_segments(segment + (tl.minimum(block * BLOCK + BLOCK, size) - 1) * segment_token, size > 0)
-        entering = tl.where((block > 0) & (number == before), entering, 0.0)
+        entering = tl.where(follows & (number == before), entering, 0.0)
         leaving = tl.where(number == last, leaving, 0.0)
         total = tl.where((block == 0) | (last == before), total, -float("inf"))
     stride = (tl.num_programs(0) // num_blocks).to(tl.int64) * chunk_size
@@ -787,17 +787,16 @@ def block_size(dtype: torch.dtype) -> int:
 def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name: str) -> dict[str, int]:
     """Warps, stages and registers of a kernel of pairs, as measured on an H200."""
     width, dv = coordinates_width(kernel, query.shape[-1]), values.shape[-1]
-    backward = name != "pairs"
-    if values.dtype != torch.float32 and dv <= 32 and width not in (96, 160):
-        options = {"num_warps": 4, "num_stages": 3 if width <= 64 else 2}
-        if (name, width) in (("query_backward", 32), ("key_backward", 32), ("query_backward", 64)):
-            # A third block of tokens at a time on each multiprocessor.
-            options["maxnreg"] = 168
-        return options
-    if name == "pairs" and values.dtype != torch.float32 and dv == 64 and width == 64:
-        return {"num_warps": 4, "num_stages": 3}
-    # Two parts of coordinates need more registers.
-    return {"num_warps": 8 if backward and width > 64 else 4, "num_stages": 2}
+    half = values.dtype != torch.float32
+    small = half and dv <= 32
+    # Two parts of coordinates need more registers, but two of 64 beside small values, where four warps are faster.
+    num_warps = 8 if name != "pairs" and width > 64 and not (small and width == 128) else 4
+    three_stages = (small and width <= 64) or (half and name == "pairs" and dv == width == 64)
+    options = {"num_warps": num_warps, "num_stages": 3 if three_stages else 2}
+    if small and (name, width) in (("query_backward", 32), ("key_backward", 32), ("query_backward", 64)):
+        # A third block of tokens at a time on each multiprocessor.
+        options["maxnreg"] = 168
+    return options
 
 
 def empty_intermediates(query, values, kernel, chunk_size):
