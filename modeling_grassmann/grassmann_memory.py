@@ -369,10 +369,10 @@ def kernel_features(frames: torch.Tensor, kernel: str) -> torch.Tensor:
 
 class FeatureEntries(NamedTuple):
     """
-    Features of a square in terms of frames, as the fused step takes them.
+    Features of a square in terms of coordinates, as the fused step takes them.
 
     Args:
-        entries (`torch.IntTensor` of shape `(4, F)`): entries of frames that make the two coordinates of each product.
+        entries (`torch.IntTensor` of shape `(2, F)`): the two coordinates of each product.
         weight (`torch.Tensor` of shape `(F,)`): of each product.
         overlap (`int`): see [`Products`].
     """
@@ -389,10 +389,8 @@ def feature_entries(name: str, size: int, device) -> FeatureEntries:
     if key in _PRODUCT_TENSORS:
         return _PRODUCT_TENSORS[key]
     first, second, weight, overlap = KERNELS[name].square(size)
-    pairs = list(combinations(range(size), 2)) if KERNELS[name].num_vectors == 2 else [(i, i) for i in range(size)]
-    entries = [[pairs[place][of] for place in factor] for factor in (first, second) for of in (0, 1)]
     with torch.inference_mode(False):
-        entries = torch.tensor(entries, device=device, dtype=torch.int32)
+        entries = torch.tensor([first, second], device=device, dtype=torch.int32)
         weight = torch.tensor(weight, device=device, dtype=torch.float32)
         # As in [`constant_product_tensors`].
         result = FeatureEntries(*(nn.Parameter(x, requires_grad=False) for x in (entries, weight)), overlap)

@@ -5,7 +5,7 @@ r"""A decoding step of a memory layer in two Triton kernels, without Transformer
 [`memory_step`] takes one token of each row from its projections to what its heads read, and updates a decoding state
 in place:
 
-- [`token_kernel`] convolves keys, makes frames and decays, and moves the window of the convolution on;
+- [`token_kernel`] convolves keys, makes coordinates and decays, and moves the window of the convolution on;
 - [`state_kernel`] writes the token into the state of squared similarities and reads it,
   :math:`S' = a S + \varphi(K) v^\top` and :math:`o = S'^\top \varphi(Q)`, where the features φ are
   `grassmann_memory.Products` of two coordinates each. They are made in registers, so that the state is read and
@@ -43,16 +43,44 @@ def orthonormal(first, second, eps):
     return tl.where((inverse_tangent > 0)[:, None], direction, 0.0), tangent
 
 
+@triton.constexpr_function
+def num_coordinates(r, vectors):
+    """Of a plane, or of a vector."""
+    return r * (r - 1) // 2 if vectors == 2 else r
+
+
+@triton.jit
+def store_coordinates(
+    coordinates, row, first, second, eps,
+    H: tl.constexpr, r: tl.constexpr, VECTORS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Coordinates of planes that vectors span, or of vectors, in the order of `grassmann_memory.py`: `(B, H, c)`."""
+    C: tl.constexpr = num_coordinates(r, VECTORS)
+    head = tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_R)
+    place = (row * H + head) * C
+    if VECTORS == 2:
+        first, second = orthonormal(first, second, eps)
+        products = first[:, :, None] * second[:, None, :]
+        i, j = column[:, None], column[None, :]
+        place = place[:, None, None] + (i * (2 * r - i - 1) // 2 + j - i - 1)[None, :, :]
+        inside = (head < H)[:, None, None] & ((i < j) & (j < r))[None, :, :]
+        tl.store(coordinates + place, products - tl.trans(products, 0, 2, 1), mask=inside)
+    else:
+        inside = (head < H)[:, None] & (column < r)[None, :]
+        tl.store(coordinates + place[:, None] + column[None, :], first, mask=inside)
+
+
 @triton.jit
 def token_kernel(
-    query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, frames, factor,
+    query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, coordinates, factor,
     query_stride, key_stride, decay_stride, position_stride, eps,
     H: tl.constexpr, r: tl.constexpr, VECTORS: tl.constexpr, WINDOW: tl.constexpr, NO_POSITION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """
-    One token of one row: frames `(2, B, H, m, r)` of its queries and keys, and what `(B, H)` states are multiplied by.
-    Places of `tail` are read before they are written, in the order of one warp's instructions.
+    One token of one row: coordinates `(2, B, H, c)` of its queries and keys, and factors `(B, H)` of states. Places of
+    `tail` are read before they are written, in the order of one warp's instructions.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)
@@ -94,16 +122,9 @@ def token_kernel(
             moved = tl.load(tail_positions + step + 1)
         tl.store(tail_positions + step, moved)
 
-    if VECTORS == 2:
-        query_first, query_second = orthonormal(query_first, query_second, eps)
-        key_first, key_second = orthonormal(key_first, key_second, eps)
-    frames += row * WIDTH + place
-    key_frames = frames + tl.num_programs(0).to(tl.int64) * WIDTH
-    tl.store(frames, query_first, mask=inside)
-    tl.store(key_frames, key_first, mask=inside)
-    if VECTORS == 2:
-        tl.store(frames + r, query_second, mask=inside)
-        tl.store(key_frames + r, key_second, mask=inside)
+    store_coordinates(coordinates, row, query_first, query_second, eps, H, r, VECTORS, BLOCK_H, BLOCK_R)
+    keys = coordinates + tl.num_programs(0).to(tl.int64) * (H * num_coordinates(r, VECTORS))
+    store_coordinates(keys, row, key_first, key_second, eps, H, r, VECTORS, BLOCK_H, BLOCK_R)
 
     x = tl.load(decay + row * decay_stride + head, mask=head < H, other=0.0).to(tl.float32)
     x += tl.load(decay_bias + head, mask=head < H, other=0.0).to(tl.float32)
@@ -114,53 +135,39 @@ def token_kernel(
 
 
 @triton.jit
-def coordinate(frame, i, j, inside, r: tl.constexpr, KIND: tl.constexpr):
-    """The coordinate that entries `i` and `j` of a plane's vectors make, or entry `i` of a vector."""
-    result = tl.load(frame + i, mask=inside, other=0.0)
-    if KIND == "wedge":
-        result *= tl.load(frame + r + j, mask=inside, other=0.0)
-        result -= tl.load(frame + j, mask=inside, other=0.0) * tl.load(frame + r + i, mask=inside, other=0.0)
-    return result
-
-
-@triton.jit
-def products(frame, entries, weight, feature, F: tl.constexpr, r: tl.constexpr, KIND: tl.constexpr):
-    """Weighted products of two coordinates, zeros where there is no such feature: `(BLOCK,)`."""
+def products(query, key, entries, weight, feature, F: tl.constexpr):
+    """Weighted products of two coordinates, of query and key, zeros where there is no such feature: `(BLOCK,)`."""
     inside = (feature >= 0) & (feature < F)
     i = tl.load(entries + feature, mask=inside, other=0)
     j = tl.load(entries + F + feature, mask=inside, other=0)
-    k = tl.load(entries + 2 * F + feature, mask=inside, other=0)
-    l = tl.load(entries + 3 * F + feature, mask=inside, other=0)  # noqa: E741
-    first = coordinate(frame, i, j, inside, r, KIND)
-    second = coordinate(frame, k, l, inside, r, KIND)
-    return first * second * tl.load(weight + feature, mask=inside, other=0.0)
+    scale = tl.load(weight + feature, mask=inside, other=0.0)
+    return tl.load(query + i) * tl.load(query + j) * scale, tl.load(key + i) * tl.load(key + j) * scale
 
 
 @triton.jit
-def features(
-    frame, entries, weight, feature, OVERLAP: tl.constexpr, F: tl.constexpr, r: tl.constexpr, KIND: tl.constexpr
-):  # fmt: skip
+def features(query, key, entries, weight, feature, OVERLAP: tl.constexpr, F: tl.constexpr):
     """[`products`] and what overlaps, as in `grassmann_memory.Products`: `(BLOCK,)`."""
-    result = products(frame, entries, weight, feature, F, r, KIND)
+    read, written = products(query, key, entries, weight, feature, F)
     if OVERLAP > 0:
         before = tl.where((feature >= F - OVERLAP) & (feature < F), feature - OVERLAP, -1)
-        result += OVERLAPPING * products(frame, entries, weight, before, F, r, KIND)
-    return result
+        read_before, written_before = products(query, key, entries, weight, before, F)
+        read += OVERLAPPING * read_before
+        written += OVERLAPPING * written_before
+    return read, written
 
 
 @triton.jit
 def state_kernel(
-    frames, values, factor, positions, memory, entries, weight, output, values_stride, position_stride,
-    OVERLAP: tl.constexpr, F: tl.constexpr, H: tl.constexpr, r: tl.constexpr, dv: tl.constexpr, KIND: tl.constexpr,
+    coordinates, values, factor, positions, memory, entries, weight, output, values_stride, position_stride,
+    OVERLAP: tl.constexpr, F: tl.constexpr, H: tl.constexpr, C: tl.constexpr, dv: tl.constexpr,
     NO_POSITION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One head's state of one row, for some channels."""
     sequence = tl.program_id(0).to(tl.int64)
     row, head = sequence // H, sequence % H
     channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    SIZE: tl.constexpr = 2 * r if KIND == "wedge" else r
-    query = frames + sequence * SIZE
-    key = query + tl.num_programs(0).to(tl.int64) * SIZE
+    query = coordinates + sequence * C
+    key = query + tl.num_programs(0).to(tl.int64) * C
     real = tl.load(positions + row * position_stride) != NO_POSITION
     v = tl.load(values + row * values_stride + head * dv + channel, mask=real & (channel < dv), other=0.0)
     v = v.to(tl.float32)
@@ -168,8 +175,7 @@ def state_kernel(
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, F, BLOCK):
         feature = start + tl.arange(0, BLOCK)
-        written = features(key, entries, weight, feature, OVERLAP, F, r, KIND)
-        read = features(query, entries, weight, feature, OVERLAP, F, r, KIND)
+        read, written = features(query, key, entries, weight, feature, OVERLAP, F)
         place = memory + (sequence * F + feature)[:, None] * dv + channel[None, :]
         mask = (feature < F)[:, None] & (channel < dv)[None, :]
         state = a * tl.load(place, mask=mask, other=0.0) + written[:, None] * v[None, :]
@@ -212,7 +218,7 @@ def memory_step(
         memory (float32 `torch.Tensor` of shape `(B, H, F, dv)`), position (integer `torch.Tensor` of shape `(B,)`),
             tail (`torch.Tensor` of shape `(B, n - 1, H * m * r)`), tail_positions (integer `torch.Tensor` of shape
             `(B, n - 1)`): the state, all of it contiguous, see `cache_grassmann.MemoryCacheLayer`.
-        entries (`torch.IntTensor` of shape `(4, F)`), weight (`torch.Tensor` of shape `(F,)`), overlap (`int`): see
+        entries (`torch.IntTensor` of shape `(2, F)`), weight (`torch.Tensor` of shape `(F,)`), overlap (`int`): see
             `grassmann_memory.FeatureEntries`.
         eps (`float`): sine of the angle up to which two vectors are parallel.
         kernel (`str`): the name of a kernel that is a square.
@@ -230,18 +236,19 @@ def memory_step(
     query, key, decay = unit_stride(query), unit_stride(key), unit_stride(decay)
     values = unit_stride(values.flatten(2))  # (B, 1, H, dv) -> (B, 1, H * dv)
     key_conv, decay_bias = key_conv.contiguous(), decay_bias.contiguous()
-    frames = memory.new_empty(2, batch, num_heads, vectors, r)
+    num_coordinates = r * (r - 1) // 2 if vectors == 2 else r
+    coordinates = memory.new_empty(2, batch, num_heads, num_coordinates)
     factor = memory.new_empty(batch, num_heads)
     # One warp: it reads places of the window before it writes them.
     token_kernel[(batch,)](
-        query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, frames, factor,
+        query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, coordinates, factor,
         query.stride(0), key.stride(0), decay.stride(0), positions.stride(0), eps,
         H=num_heads, r=r, VECTORS=vectors, WINDOW=tail.shape[1], NO_POSITION=NO_POSITION,
         BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_R=triton.next_power_of_2(r), num_warps=1,
     )  # fmt: skip
     state_kernel[(batch * num_heads, ceil_div(value_size, BLOCK_V))](
-        frames, values, factor, positions, memory, entries, weight, output, values.stride(0), positions.stride(0),
-        OVERLAP=overlap, F=num_features, H=num_heads, r=r, dv=value_size, KIND=kind, NO_POSITION=NO_POSITION,
+        coordinates, values, factor, positions, memory, entries, weight, output, values.stride(0), positions.stride(0),
+        OVERLAP=overlap, F=num_features, H=num_heads, C=num_coordinates, dv=value_size, NO_POSITION=NO_POSITION,
         BLOCK=BLOCK, BLOCK_V=BLOCK_V,
     )  # fmt: skip
     return output
