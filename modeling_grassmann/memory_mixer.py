@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, orthonormalise
-from .plucker import NO_POSITION, are_plain, choose_backend, positions_with_boundaries
+from .plucker import NO_POSITION, are_plain, asked_backend, choose_backend, positions_with_boundaries
 
 
 # Numbers of a vector for each head, up to which the fused step of decoding holds all in a warp.
 MAX_STEP_SIZE = 1024
+# Weights up to which compiled code joins a layer's projections for each token: reading them takes as long as a launch.
+MAX_JOINED_NUMBERS = 2**21
 # A floor of 0.05 under the length of what is read, before softplus.
 INITIAL_FLOOR = math.log(math.expm1(0.05))
 # Tokens after which heads have forgotten all but 1/e of something, from the first to the last head at initialisation.
@@ -31,8 +33,14 @@ def joined_op(parts: list[torch.Tensor], width: int) -> torch.Tensor:
     Tensors `(B, T, ...)` side by side, filled up with zeros: `(B, T, width)`. An operator of its own, as compiled code
     computes each number of every part where it joins them, which takes it six times as long.
     """
-    padding = parts[0].new_zeros(*parts[0].shape[:-1], width - sum(part.shape[-1] for part in parts))
-    return torch.cat([*parts, padding], dim=-1)
+    *parts, last = parts
+    padding = width - sum(part.shape[-1] for part in (*parts, last))
+    parts = [part.contiguous() for part in (*parts, F.pad(last, (0, padding)))]
+    # PyTorch stores number by number: those of eight bytes are four of a half precision.
+    places = (place * part.element_size() for part in parts for place in (part.shape[-1], part.storage_offset()))
+    if math.gcd(*places) % 8 == 0:
+        return torch.cat([part.view(torch.int64) for part in parts], dim=-1).view(last.dtype)
+    return torch.cat(parts, dim=-1)
 
 
 @joined_op.register_fake
@@ -194,10 +202,20 @@ class MemoryMixer(nn.Module):
         self.norm = MemoryNorm(num_heads, value_size, eps=norm_eps)
         self.out_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
 
+    def can_join(self, hidden_states: torch.Tensor, layers: tuple[nn.Linear, ...]) -> bool:
+        """Whether one product of the layers' weights side by side takes less time than a product of each."""
+        if not are_plain(*layers):
+            return False
+        if hidden_states.shape[1] == 1 and hidden_states.is_cuda and asked_backend(self.backend) == "auto":
+            # Compiled code joins small weights in one kernel, where it would launch a product for each.
+            numbers = sum(layer.weight.numel() for layer in layers)
+            return torch.compiler.is_compiling() and numbers <= MAX_JOINED_NUMBERS
+        return choose_backend(self.backend, hidden_states, self.reduced_size) == "triton"
+
     def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Vectors of queries and of keys, values, gates and decays: `(B, T, d)` -> `(B, T, ...)` each."""
         layers = self.query_proj, self.key_proj, self.value_proj, self.gate_proj, self.decay_proj
-        if choose_backend(self.backend, hidden_states, self.reduced_size) != "triton" or not are_plain(*layers):
+        if not self.can_join(hidden_states, layers):
             return [layer(hidden_states) for layer in layers]
         # One product reads the tokens once, and so does its gradient. Its rows begin at multiples of 32 bytes.
         weight = torch.cat([layer.weight for layer in layers])
