@@ -71,7 +71,7 @@ CHUNKS_PER_GROUP = 16
 # 8,192, as blocks that a head has forgotten are skipped. With states it takes 49, in rows of 16,384 too. Pairs alone
 # take 28 there, but would take several times that with heads that forget nothing.
 FUSED_CHUNK_SIZE = 2048
-LONGEST_FUSED_ROW = 8192
+LONGEST_FUSED_ROW = 16384
 # Features that exist at once: in float32, 16 MiB.
 MAX_FEATURES = 2**22
 

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 KERNELS = ("pairs", "query_backward", "key_backward")
-# Planes in R^r beside values of a size: 32, 64, 64 + 32, and for projections 128 + 32 coordinates.
+# Planes in R^r beside values of a size: 32, 64, 64 + 32, 64 + 64, and for projections 128 + 32 coordinates.
 SIZES = [
     ("binet_cauchy", 8, 32),
     ("binet_cauchy", 8, 64),
@@ -24,6 +24,7 @@ SIZES = [
     ("binet_cauchy", 10, 64),
     ("binet_cauchy", 12, 32),
     ("binet_cauchy", 12, 64),
+    ("binet_cauchy", 16, 64),
     ("projection", 16, 32),
 ]
 
