@@ -66,10 +66,10 @@ except ImportError:
 MIN_LOG_DECAY = -100.0
 # Chunks whose states one product computes from what each of them writes.
 CHUNKS_PER_GROUP = 16
-# Tokens in a chunk of the fused kernels, and the longest row that is one chunk. On an H200, with planes in R^8 and
-# decays as they are initialised, a step over pairs alone takes 10 ns a token in rows of 1,024, 17 of 4,096 and 22 of
-# 8,192, as blocks that a head has forgotten are skipped. With states it takes 49, in rows of 16,384 too. Pairs alone
-# take 28 there, but would take several times that with heads that forget nothing.
+# Tokens in a chunk of the fused kernels, and the longest row that is one chunk. On an H200, with three heads of planes
+# in R^10 and decays as they are initialised, pairs alone take 10 ns a token in rows of 4,096 and 21 of 16,384, with
+# gradients, as blocks that a head has forgotten are skipped. With states it is about 60 at every length; with heads
+# that forget nothing, pairs alone take a few times as long as with these decays.
 FUSED_CHUNK_SIZE = 2048
 LONGEST_FUSED_ROW = 16384
 # Features that exist at once: in float32, 16 MiB.

@@ -218,8 +218,9 @@ class MemoryMixer(nn.Module):
         if not self.can_join(hidden_states, layers):
             return [layer(hidden_states) for layer in layers]
         # One product reads the tokens once, and so does its gradient. Its rows begin at multiples of 32 bytes.
-        weight = torch.cat([layer.weight for layer in layers])
-        projected = F.linear(hidden_states, F.pad(weight, (0, 0, 0, -len(weight) % 16)))
+        size = sum(layer.out_features for layer in layers)
+        padding = self.query_proj.weight.new_zeros(-size % 16, hidden_states.shape[-1])
+        projected = F.linear(hidden_states, torch.cat([*(layer.weight for layer in layers), padding]))
         return Split.apply(projected, *(layer.out_features for layer in layers))
 
     def frames(self, vectors: torch.Tensor) -> torch.Tensor:
