@@ -13,8 +13,8 @@ from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, 
 from .plucker import NO_POSITION, are_plain, asked_backend, choose_backend, positions_with_boundaries
 
 
-# Numbers of a vector for each head, up to which the fused step of decoding holds all in a warp.
-MAX_STEP_SIZE = 1024
+# Numbers of one vector, and products of two, of all heads: up to these a warp of the fused step holds them.
+MAX_STEP_SIZE, MAX_STEP_PRODUCTS = 1024, 8192
 # Weights up to which compiled code joins a layer's projections for each token: reading them takes as long as a launch.
 MAX_JOINED_NUMBERS = 2**21
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -246,7 +246,9 @@ class MemoryMixer(nn.Module):
         if values.shape[1] != 1 or torch.is_grad_enabled() or KERNELS[self.kernel].square is None:
             return False
         backend = choose_memory_backend(self.backend, values, self.kernel, self.reduced_size)
-        return backend == "triton" and self.num_heads * self.reduced_size <= MAX_STEP_SIZE
+        size = self.num_heads * self.reduced_size
+        fits = size <= MAX_STEP_SIZE and (self.num_vectors == 1 or size * self.reduced_size <= MAX_STEP_PRODUCTS)
+        return backend == "triton" and fits
 
     def forward(
         self,

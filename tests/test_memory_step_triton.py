@@ -206,6 +206,7 @@ def test_without_its_conditions_a_step_is_left_to_plain_torch(steps):
     decode(make_mixer("projection"), tokens, positions, 1)
     # More numbers than a warp holds.
     decode(make_mixer("inner_squared", num_heads=8, reduced_size=130), tokens, positions, 1)
+    decode(make_mixer(num_heads=33, reduced_size=16), tokens, positions, 1)
     mixer, cache = make_mixer(), Cache(layers=[MemoryCacheLayer()])
     # Gradients.
     for t in range(3):
