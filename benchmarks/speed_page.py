@@ -56,8 +56,8 @@ SECTIONS = [
         "R^12 0.90, 1.00 and 1.35 up to 16,384. Rows of 1,024 and of 65,536, six heads of planes in R^10 and\n"
         "planes in R^16 were timed with earlier kernels.\n\n"
         "A row of up to 16,384 tokens is read by pairs of tokens, but those that a head has forgotten: decays are\n"
-        "as they are initialised. A longer one is read in chunks, through states; with those, rows of 16,384\n"
-        "trained as fast as Llama's.\n\n"
+        "as they are initialised. A longer one is read in chunks, through states; with those, and earlier\n"
+        "kernels, the preset's rows of 16,384 trained as fast as Llama's.\n\n"
         "In plain calls, which take the most memory, a step of 16 rows of 4,096 tokens peaks at 6.6 GiB with the\n"
         "preset and at 6.0 with Llama, one of a row of 65,536 at 7.8 and 6.0.",
     ),
@@ -72,17 +72,17 @@ SECTIONS = [
         "64 sequences are decoded faster: by `13M-memory` 1.53, 2.37 and 13.7 times as fast as by Llama after\n"
         "4,096, 8,192 and 65,536 tokens, by `13M-memory-r10-3heads` 1.10 and 1.66 times, in a run that ended\n"
         "before Llama's after 65,536.\n\n"
-        "One sequence is not, before 65,536 tokens: a token takes `13M-memory` 0.28 to 0.30 ms (0.41 after\n"
+        "One sequence mostly is not, before 65,536 tokens: a token takes `13M-memory` 0.28 to 0.30 ms (0.41 after\n"
         "8,192), `13M-memory-r10-3heads` 0.33 to 0.36 (0.64 after 8,192, with quartiles a quarter of a\n"
-        "millisecond apart), and Llama 0.25 after 1,024, 0.28 after 4,096, 0.31 after 8,192 and 0.40 after\n"
-        "65,536.\n\n"
+        "millisecond apart), and Llama 0.25 after 1,024, 0.27 to 0.29 after 4,096, 0.31 or 0.32 after 8,192 and\n"
+        "0.39 or 0.40 after 65,536.\n\n"
         "These records are of earlier kernels. Those of newer ones, whose names end in `slow_host`, are from a\n"
         "host that needed 6 to 11 ms for a token in plain calls, where the others needed 5 to 8: a GPU that is\n"
-        "done in 0.2 ms waits for it, and the same work takes between 0.43 and 0.80 ms. In a profile of the\n"
-        "preset there, kernels of a token after 4,096 tokens took 206 µs, where those of Llama took 234.\n\n"
-        "In plain calls a token takes 2 to 12% longer than Llama's, in two noisy pairs 7% less and 63% more. A\n"
-        "prompt of one sequence takes 1.8 to 4.2 times as long up to 8,192 tokens, and 0.6 to 1.5 times with\n"
-        "65,536.",
+        "done in 0.2 ms waits for it, and the same work takes between 0.43 and 0.80 ms. The profiler gave the\n"
+        "kernels of a token after 4,096 tokens 206 µs for the preset, and 234 for Llama.\n\n"
+        "In plain calls a token takes 2 to 12% longer than Llama's, in one pair 7% less, and in one, between\n"
+        "which the host changed its pace, 63% more. A prompt of one sequence takes 1.8 to 4.2 times as long up to\n"
+        "8,192 tokens, and 0.6 to 1.5 times with 65,536.",
     ),
     (
         "On two CPU cores",

@@ -13,8 +13,8 @@ from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, 
 from .plucker import NO_POSITION, are_plain, asked_backend, choose_backend, positions_with_boundaries
 
 
-# Numbers of one vector, and products of two, of all heads: up to these a warp of the fused step holds them.
-MAX_STEP_SIZE, MAX_STEP_PRODUCTS = 1024, 8192
+# Numbers of one vector for each head, and products of two, up to which a warp of the fused step holds all of them.
+MAX_STEP_SIZE, MAX_STEP_PRODUCTS = 1024, 4096
 # Weights up to which compiled code joins a layer's projections for each token: reading them takes as long as a launch.
 MAX_JOINED_NUMBERS = 2**21
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -37,8 +37,8 @@ def joined_op(parts: list[torch.Tensor], width: int) -> torch.Tensor:
     padding = width - sum(part.shape[-1] for part in (*parts, last))
     parts = [part.contiguous() for part in (*parts, F.pad(last, (0, padding)))]
     # PyTorch stores number by number: those of eight bytes are four of a half precision.
-    places = (place * part.element_size() for part in parts for place in (part.shape[-1], part.storage_offset()))
-    if math.gcd(*places) % 8 == 0:
+    places = ((part.shape[-1], part.storage_offset(), *part.stride()[:-1]) for part in parts)
+    if math.gcd(*(place for each in places for place in each)) * last.element_size() % 8 == 0:
         return torch.cat([part.view(torch.int64) for part in parts], dim=-1).view(last.dtype)
     return torch.cat(parts, dim=-1)
 
@@ -246,8 +246,9 @@ class MemoryMixer(nn.Module):
         if values.shape[1] != 1 or torch.is_grad_enabled() or KERNELS[self.kernel].square is None:
             return False
         backend = choose_memory_backend(self.backend, values, self.kernel, self.reduced_size)
-        size = self.num_heads * self.reduced_size
-        fits = size <= MAX_STEP_SIZE and (self.num_vectors == 1 or size * self.reduced_size <= MAX_STEP_PRODUCTS)
+        # Blocks of Triton are powers of two.
+        heads, r = (1 << (size - 1).bit_length() for size in (self.num_heads, self.reduced_size))
+        fits = heads * r <= MAX_STEP_SIZE and (self.num_vectors == 1 or heads * r * r <= MAX_STEP_PRODUCTS)
         return backend == "triton" and fits
 
     def forward(

@@ -245,8 +245,8 @@ def memory_step(
     query, key, decay = unit_stride(query), unit_stride(key), unit_stride(decay)
     values = unit_stride(values.flatten(2))  # (B, 1, H, dv) -> (B, 1, H * dv)
     key_conv, decay_bias = key_conv.contiguous(), decay_bias.contiguous()
-    num_coordinates = r * (r - 1) // 2 if vectors == 2 else r
-    coordinates = memory.new_empty(2, batch, num_heads, num_coordinates)
+    size = num_coordinates(r, vectors)
+    coordinates = memory.new_empty(2, batch, num_heads, size)
     factor = memory.new_empty(batch, num_heads)
     # One warp: it reads places of the window before it writes them.
     token_kernel[(batch,)](
@@ -258,7 +258,7 @@ def memory_step(
     options = state_options(batch * num_heads, num_features, value_size)
     state_kernel[(batch * num_heads, ceil_div(value_size, options["BLOCK_V"]))](
         coordinates, values, factor, positions, memory, entries, weight, output, values.stride(0), positions.stride(0),
-        OVERLAP=overlap, F=num_features, H=num_heads, C=num_coordinates, dv=value_size, NO_POSITION=NO_POSITION,
+        OVERLAP=overlap, F=num_features, H=num_heads, C=size, dv=value_size, NO_POSITION=NO_POSITION,
         **options,
     )  # fmt: skip
     return output

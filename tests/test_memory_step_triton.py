@@ -77,13 +77,22 @@ POSITIONS = [
 @pytest.mark.parametrize(
     "kernel, r, value_size, conv_size",
     [(*sizes, n) for sizes in (("binet_cauchy", 2, 3), ("inner_squared", 6, 16)) for n in (1, 2, 4)]
-    # More features than a program holds at a time, and more channels.
+    # More channels than a program holds.
     + [("binet_cauchy", 8, 24, 4), ("inner_squared", 17, 33, 2)],
 )
 def test_steps_are_those_of_the_layer_in_float64(kernel, r, value_size, conv_size, steps):
     mixer = make_mixer(kernel, reduced_size=r, value_size=value_size, conv_size=conv_size)
     tokens = random_tokens(3, 8, 12)
     assert_same(mixer, tokens, torch.tensor(POSITIONS, device=DEVICE))
+    assert len(steps) == 7
+
+
+@pytest.mark.parametrize("features, channels", [(64, 16), (256, 32), (512, 4)])
+def test_a_state_may_be_read_in_blocks_of_any_size(features, channels, steps, monkeypatch):
+    options = {"BLOCK": features, "BLOCK_V": channels, "num_warps": 4}
+    monkeypatch.setattr("modeling_grassmann.memory_step_triton.state_options", lambda *_: options)
+    mixer = make_mixer(reduced_size=8, value_size=24)
+    assert_same(mixer, random_tokens(3, 8, 12), torch.tensor(POSITIONS, device=DEVICE))
     assert len(steps) == 7
 
 
@@ -206,7 +215,7 @@ def test_without_its_conditions_a_step_is_left_to_plain_torch(steps):
     decode(make_mixer("projection"), tokens, positions, 1)
     # More numbers than a warp holds.
     decode(make_mixer("inner_squared", num_heads=8, reduced_size=130), tokens, positions, 1)
-    decode(make_mixer(num_heads=33, reduced_size=16), tokens, positions, 1)
+    decode(make_mixer(num_heads=17, reduced_size=16), tokens, positions, 1)
     mixer, cache = make_mixer(), Cache(layers=[MemoryCacheLayer()])
     # Gradients.
     for t in range(3):
