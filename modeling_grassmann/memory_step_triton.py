@@ -16,7 +16,7 @@ import re
 
 import torch
 
-from .grassmann_memory_triton import KERNELS
+from .grassmann_memory_triton import KERNELS, num_coordinates
 from .plucker_triton import NO_POSITION, ceil_div, on_own_device, unit_direction, unit_stride, unit_tangent
 
 
@@ -43,19 +43,12 @@ def orthonormal(first, second, eps):
     return tl.where((inverse_tangent > 0)[:, None], direction, 0.0), tangent
 
 
-@triton.constexpr_function
-def num_coordinates(r, vectors):
-    """Of a plane, or of a vector."""
-    return r * (r - 1) // 2 if vectors == 2 else r
-
-
 @triton.jit
 def store_coordinates(
-    coordinates, row, first, second, eps,
-    H: tl.constexpr, r: tl.constexpr, VECTORS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    coordinates, row, first, second, eps, H: tl.constexpr, r: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Coordinates of planes that vectors span, or of vectors, in the order of `grassmann_memory.py`: `(B, H, c)`."""
-    C: tl.constexpr = num_coordinates(r, VECTORS)
     head = tl.arange(0, BLOCK_H)
     column = tl.arange(0, BLOCK_R)
     place = (row * H + head) * C
@@ -75,8 +68,8 @@ def store_coordinates(
 def token_kernel(
     query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, coordinates, factor,
     query_stride, key_stride, decay_stride, position_stride, eps,
-    H: tl.constexpr, r: tl.constexpr, VECTORS: tl.constexpr, WINDOW: tl.constexpr, NO_POSITION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    H: tl.constexpr, r: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr, WINDOW: tl.constexpr,
+    NO_POSITION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """
     One token of one row: coordinates `(2, B, H, c)` of its queries and keys, and factors `(B, H)` of states. Places of
@@ -122,9 +115,9 @@ def token_kernel(
             moved = tl.load(tail_positions + step + 1)
         tl.store(tail_positions + step, moved)
 
-    store_coordinates(coordinates, row, query_first, query_second, eps, H, r, VECTORS, BLOCK_H, BLOCK_R)
-    keys = coordinates + tl.num_programs(0).to(tl.int64) * (H * num_coordinates(r, VECTORS))
-    store_coordinates(keys, row, key_first, key_second, eps, H, r, VECTORS, BLOCK_H, BLOCK_R)
+    store_coordinates(coordinates, row, query_first, query_second, eps, H, r, C, VECTORS, BLOCK_H, BLOCK_R)
+    keys = coordinates + tl.num_programs(0).to(tl.int64) * (H * C)
+    store_coordinates(keys, row, key_first, key_second, eps, H, r, C, VECTORS, BLOCK_H, BLOCK_R)
 
     x = tl.load(decay + row * decay_stride + head, mask=head < H, other=0.0).to(tl.float32)
     x += tl.load(decay_bias + head, mask=head < H, other=0.0).to(tl.float32)
@@ -245,14 +238,14 @@ def memory_step(
     query, key, decay = unit_stride(query), unit_stride(key), unit_stride(decay)
     values = unit_stride(values.flatten(2))  # (B, 1, H, dv) -> (B, 1, H * dv)
     key_conv, decay_bias = key_conv.contiguous(), decay_bias.contiguous()
-    size = num_coordinates(r, vectors)
+    size = num_coordinates(kernel, r)
     coordinates = memory.new_empty(2, batch, num_heads, size)
     factor = memory.new_empty(batch, num_heads)
     # One warp: it reads places of the window before it writes them.
     token_kernel[(batch,)](
         query, key, decay, positions, key_conv, decay_bias, tail, tail_positions, position, coordinates, factor,
         query.stride(0), key.stride(0), decay.stride(0), positions.stride(0), eps,
-        H=num_heads, r=r, VECTORS=vectors, WINDOW=tail.shape[1], NO_POSITION=NO_POSITION,
+        H=num_heads, r=r, C=size, VECTORS=vectors, WINDOW=tail.shape[1], NO_POSITION=NO_POSITION,
         BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_R=triton.next_power_of_2(r), num_warps=1,
     )  # fmt: skip
     options = state_options(batch * num_heads, num_features, value_size)
