@@ -797,9 +797,9 @@ def launch_options(query: torch.Tensor, values: torch.Tensor, kernel: str, name:
     columns = width + dv
     ahead = {"pairs": width <= 96, "query_backward": columns < 128, "key_backward": columns <= 128}[name]
     options = {"num_warps": 8 if name != "pairs" and width > 128 else 4, "num_stages": 3 if ahead else 2}
-    is_hopper = not values.is_cuda or torch.cuda.get_device_capability(values.device) == (9, 0)
-    if is_hopper and columns <= {"pairs": 0, "query_backward": 128, "key_backward": 64}[name]:
-        # A third block of tokens at a time on each multiprocessor.
+    fits = columns <= {"pairs": 0, "query_backward": 128, "key_backward": 64}[name]
+    if fits and (not values.is_cuda or torch.cuda.get_device_capability(values.device) == (9, 0)):
+        # A third block of tokens at a time on each multiprocessor. Other GPUs need more registers for the same.
         options["maxnreg"] = 168
     return options
 
