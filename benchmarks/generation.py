@@ -4,8 +4,12 @@
     python benchmarks/generation.py --sizes 110M --contexts 65536 --batch_sizes 64
     python benchmarks/generation.py --from_json generation.json --plot generation.png
 
-Weights are bfloat16. Decoding is greedy, one token after the other, with a `StaticCache`; the model is compiled as
-`generate` compiles it, in the mode `reduce-overhead` (CUDA graphs on a GPU). At batch 1, plain calls are timed too.
+Weights are bfloat16. Decoding is greedy, one token after the other, with a `StaticCache`, in one of three forms:
+
+- `compiled` as `generate` compiles it, in the mode `reduce-overhead`: CUDA graphs behind checks of a call's tensors;
+- replays of one CUDA `graph` of a compiled step, as servers do: the GPU's time, which no host keeps waiting;
+- `plain` calls, at batch 1.
+
 Llama's cache has exactly the context's length, holds random keys and values, and its last places are being filled; the
 Grassmann model's state comes from a prefill of random tokens of that length. A time is that of a token: a few steps
 that do not wait for each other, divided by their number.
@@ -35,13 +39,26 @@ from peers import (
     tensor_bytes,
 )
 from plots import COLOURS, log_axes, new_figure, save
-from timing import SweepArguments, check_known, free_memory, markdown, median_and_iqr, milliseconds, reason, run_sweep
+from timing import (
+    CAPTURE_CALLS,
+    SweepArguments,
+    capture,
+    check_known,
+    free_memory,
+    markdown,
+    median_and_iqr,
+    milliseconds,
+    reason,
+    run_sweep,
+)
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 
 # (context, batch size) -> least ratio of Llama's time a token to ours.
 TARGETS = {(65536, 64): 3.0}
 PREFILL_REPEATS = 3
+# Forms of decoding, and how each is drawn.
+FORMS = {"compiled": "o-", "graph": "s--", "plain": "o:"}
 
 
 @dataclass
@@ -60,7 +77,9 @@ class GenerationArguments(SweepArguments):
             "help": "Llama's attention: as `generate` runs it, or without the mask of a cache that is not full."
         },
     )
-    compile: bool = field(default=True, metadata={"help": "Whether to time compiled decoding."})
+    forms: list[str] = field(
+        default_factory=lambda: ["compiled", "plain"], metadata={"help": f"Of {', '.join(FORMS)}."}
+    )
     prefill: bool = field(default=True, metadata={"help": "Whether to time the prefill."})
     prefill_tokens: int = field(
         default=65536, metadata={"help": "Tokens of a call when the Grassmann model's state is made."}
@@ -71,18 +90,25 @@ class GenerationArguments(SweepArguments):
     def __post_init__(self):
         super().__post_init__()
         check_known("sizes", self.sizes, SIZES)
+        check_known("forms", self.forms, FORMS)
+        if "graph" in self.forms and self.device != "cuda":
+            raise ValueError(f"graph is a form of decoding on a GPU, got the device {self.device}")
         if min(self.contexts) <= self.decoded:
             raise ValueError(f"contexts must be more than the {self.decoded} decoded tokens, got {min(self.contexts)}")
 
     @property
     def decoded(self) -> int:
         """Number of tokens that are decoded in one row."""
-        return (self.warmup_runs + self.repeats) * self.steps
+        return (self.warmup_runs + self.repeats) * self.steps + CAPTURE_CALLS * ("graph" in self.forms)
 
     @property
     def warmup_runs(self) -> int:
         # CUDA graphs are warmed up in one call and recorded in the next.
         return max(self.warmup, 1)
+
+    def forms_of(self, batch_size: int) -> list[str]:
+        """Plain calls wait for Python whatever the batch: they are timed at the smallest, or where nothing else is."""
+        return [form for form in self.forms if form != "plain" or batch_size == 1 or self.forms == ["plain"]]
 
 
 def make_models(size: str, args: GenerationArguments) -> dict[str, PreTrainedModel]:
@@ -122,20 +148,26 @@ def state_bytes(cache: Cache) -> int:
 
 
 def make_decoding(
-    model: PreTrainedModel, cache: Cache, batch_size: int, start: int, compiled: bool, steps: int
+    model: PreTrainedModel, cache: Cache, batch_size: int, start: int, form: str, steps: int
 ) -> Callable[[], torch.Tensor]:
     """A function that decodes some tokens, each from the one before."""
-    forward = torch.compile(model.__call__, mode="reduce-overhead", dynamic=False) if compiled else model
+    mode = "reduce-overhead" if form == "compiled" else None
+    forward = model if form == "plain" else torch.compile(model.__call__, mode=mode, dynamic=False)
     tokens = random_ids(model, batch_size, 1)
     position_ids = torch.full_like(tokens, start)
 
+    def step() -> None:
+        if form == "compiled":
+            torch.compiler.cudagraph_mark_step_begin()
+        outputs = forward(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        tokens.copy_(outputs.logits[:, -1].argmax(-1, keepdim=True))
+        position_ids.add_(1)
+
+    one_token = capture(step) if form == "graph" else step
+
     def decode() -> torch.Tensor:
         for _ in range(steps):
-            if compiled:
-                torch.compiler.cudagraph_mark_step_begin()
-            outputs = forward(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True)
-            tokens.copy_(outputs.logits[:, -1].argmax(-1, keepdim=True))
-            position_ids.add_(1)
+            one_token()
         return tokens
 
     return decode
@@ -143,7 +175,7 @@ def make_decoding(
 
 @torch.no_grad()
 def measure_decoding(
-    model: PreTrainedModel, batch_size: int, context: int, compiled: bool, args: GenerationArguments
+    model: PreTrainedModel, batch_size: int, context: int, form: str, args: GenerationArguments
 ) -> dict[str, Any]:
     """Time a token and size of the state; or the reason why there is none."""
     # What was compiled for the row before may keep its cache alive.
@@ -153,8 +185,8 @@ def measure_decoding(
     try:
         cache = filled_cache(model, batch_size, context, args)
         row["state_bytes"] = state_bytes(cache)
-        decode = make_decoding(model, cache, batch_size, context - args.decoded, compiled, args.steps)
         with compilation_facts(row):
+            decode = make_decoding(model, cache, batch_size, context - args.decoded, form, args.steps)
             for _ in range(args.warmup_runs):
                 decode()
             times = [milliseconds(decode, args.device) for _ in range(args.repeats)]
@@ -204,17 +236,17 @@ def measure(args: GenerationArguments, record: dict[str, Any]) -> Iterator[None]
         print(record["parameters"], flush=True)
         for batch_size in args.batch_sizes:
             for context in args.contexts:
-                forms = [True] * args.compile + [False] * (batch_size == 1 or not args.compile)
-                for compiled in forms:
+                forms = args.forms_of(batch_size)
+                for form in forms:
                     for name, model in models.items():
                         if args.is_over():
                             record["stopped"] = f"after {args.time_limit:g} s, before a context of {context}"
                             return
                         row = {"size": size, "model": name, "batch_size": batch_size, "context": context}
-                        row["compiled"] = compiled
-                        row |= measure_decoding(model, batch_size, context, compiled, args)
+                        row["form"] = form
+                        row |= measure_decoding(model, batch_size, context, form, args)
                         # Prefill is never compiled, and so measured once.
-                        if args.prefill and compiled == forms[0]:
+                        if args.prefill and form == forms[0]:
                             row |= measure_prefill(model, batch_size, context, args)
                         record["rows"].append(row)
                         print(describe(row), flush=True)
@@ -227,10 +259,8 @@ def measure(args: GenerationArguments, record: dict[str, Any]) -> Iterator[None]
 def describe(row: dict[str, Any]) -> str:
     figure = row.get("failed") or f"{row['median_ms']:.3f} ms per token"
     prefill = f", prefill {row['prefill_ms']:.1f} ms" if "prefill_ms" in row else ""
-    form = "compiled" if row["compiled"] else "plain"
-    return (
-        f"{row['size']} {row['model']:<9} batch {row['batch_size']} context {row['context']} {form}: {figure}{prefill}"
-    )
+    shape = f"batch {row['batch_size']} context {row['context']}"
+    return f"{row['size']} {row['model']:<9} {shape} {row['form']}: {figure}{prefill}"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -238,12 +268,12 @@ def table(record: dict[str, Any]) -> str:
     header = ["size", "batch", "context", "decoding", "grassmann ms/token", "llama ms/token", "ratio", "target"]
     decoding = [[*header, "grassmann state MiB", "llama state MiB"]]
     prefill = [["size", "batch", "context", "grassmann prefill ms", "llama prefill ms", "ratio per token"]]
-    for key, models in ratio_rows(record["rows"], ("size", "batch_size", "context", "compiled")):
-        size, batch_size, context, compiled = key
+    for key, models in ratio_rows(record["rows"], ("size", "batch_size", "context", "form")):
+        size, batch_size, context, form = key
         times = [or_dash(lambda row: f"{row['median_ms']:.3f}", models.get(name)) for name in MODELS]
-        target = TARGETS.get((context, batch_size)) if compiled else None
+        target = TARGETS.get((context, batch_size)) if form == "compiled" else None
         state = [f"{row['state_bytes'] / 2**20:.3f}" if "state_bytes" in row else "—" for row in by_model(models)]
-        cells = [size, str(batch_size), f"{context:,}", "compiled" if compiled else "plain"]
+        cells = [size, str(batch_size), f"{context:,}", form]
         goal = f"{target:g}x" if target else ""
         decoding.append([*cells, *times, ratio(models, "median_ms"), goal, *state])
         if any("prefill_ms" in row for row in models.values()):
@@ -301,7 +331,7 @@ def flatness(record: dict[str, Any]) -> dict[tuple[str, int], float]:
     """(size, batch size) -> longest time a token over the shortest, among the contexts of the compiled model."""
     times = {}
     for row in record["rows"]:
-        if row["model"] == "grassmann" and row["compiled"] and "failed" not in row:
+        if row["model"] == "grassmann" and row["form"] == "compiled" and "failed" not in row:
             times.setdefault((row["size"], row["batch_size"]), []).append(row["median_ms"])
     return {key: max(values) / min(values) for key, values in times.items() if len(values) > 1}
 
@@ -313,16 +343,15 @@ def draw(record: dict[str, Any], path: str) -> None:
     for axis, (size, batch_size) in zip(axes, groups):
         rows = [row for row in record["rows"] if (row["size"], row["batch_size"]) == (size, batch_size)]
         for name, colour in zip(MODELS, COLOURS):
-            for compiled, style in ((True, "o-"), (False, "o:")):
+            for form, style in FORMS.items():
                 points = sorted(
                     (row["context"], row["median_ms"])
                     for row in rows
-                    if row["model"] == name and row["compiled"] == compiled and "failed" not in row
+                    if row["model"] == name and row["form"] == form and "failed" not in row
                 )
                 if points:
-                    label = f"{name}, {'compiled' if compiled else 'plain calls'}"
-                    axis.plot(*zip(*points), style, color=colour, label=label)
-        for name, row in ((row["model"], row) for row in rows if row["compiled"] and "failed" not in row):
+                    axis.plot(*zip(*points), style, color=colour, label=f"{name}, {form}")
+        for name, row in ((row["model"], row) for row in rows if row["form"] == "compiled" and "failed" not in row):
             target = TARGETS.get((row["context"], batch_size))
             if target and name == "llama":
                 axis.plot(row["context"], row["median_ms"] / target, "_", color="black", markersize=14, label="target")

@@ -18,6 +18,8 @@ from transformers import HfArgumentParser
 
 
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "liger-kernel")
+# Calls of a function before a CUDA graph of it is made, in which it compiles and allocates what stays.
+CAPTURE_CALLS = 2
 
 
 @dataclass
@@ -119,11 +121,14 @@ def take_turns(
 
 
 def capture(function: Callable[[], Any]) -> Callable[[], None]:
-    """A CUDA graph of one call, as a function that replays it: the device's time without that of the launches."""
+    """
+    A CUDA graph of one call, as a function that replays it: the device's time without that of the launches. Before, it
+    is called `CAPTURE_CALLS` times.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(CAPTURE_CALLS):
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 SMALL_MIXER = ["--device=cpu", "--tokens=32", "--hidden_size=16", "--head_size=8", "--reduced_size=4"]
 SMALL_MIXER += ["--offsets", "1", "2", "--repeats=2", "--warmup=1"]
 SMALL_TRAINING = ["--device=cpu", "--sizes=tiny", "--tokens=32", "--repeats=2", "--warmup=0", "--compile=false"]
-SMALL_GENERATION = ["--device=cpu", "--sizes=tiny", "--steps=2", "--repeats=2", "--warmup=1", "--compile=false"]
+SMALL_GENERATION = ["--device=cpu", "--sizes=tiny", "--steps=2", "--repeats=2", "--warmup=1", "--forms=plain"]
 SCRIPTS = [
     (mixer_length, [*SMALL_MIXER, "--lengths", "8", "--candidates", "naive"]),
     (training, [*SMALL_TRAINING, "--lengths", "8"]),
@@ -256,7 +256,7 @@ def test_decoding_goes_on_where_the_cache_ends_and_does_not_run_past_it():
         for model in generation.make_models("tiny", args).values():
             cache = generation.filled_cache(model, 2, 40, args)
             assert int(cache.get_seq_length()) == 32
-            decode = generation.make_decoding(model, cache, 2, 32, compiled=False, steps=args.steps)
+            decode = generation.make_decoding(model, cache, 2, 32, form="plain", steps=args.steps)
             for _ in range(args.warmup_runs + args.repeats):
                 decode()
             assert int(cache.get_seq_length()) == 40
@@ -285,12 +285,30 @@ def test_compiled_decoding_gives_the_tokens_of_plain_decoding(tmp_path):
     tokens = {}
     with torch.no_grad():
         for name, model in generation.make_models("tiny", args).items():
-            for compiled in (False, True):
+            for form in ("plain", "compiled"):
                 torch.manual_seed(5)
                 cache = generation.filled_cache(model, 2, 40, args)
-                decode = generation.make_decoding(model, cache, 2, 24, compiled, steps=4)
-                tokens[name, compiled] = torch.stack([decode().clone() for _ in range(3)])
-            assert tokens[name, True].equal(tokens[name, False])
+                decode = generation.make_decoding(model, cache, 2, 24, form, steps=4)
+                tokens[name, form] = torch.stack([decode().clone() for _ in range(3)])
+            assert tokens[name, "compiled"].equal(tokens[name, "plain"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", ["tiny", "tiny-memory"])
+def test_a_graph_of_a_step_decodes_the_tokens_of_compiled_decoding(size):
+    args = generation.GenerationArguments(sizes=[size], contexts=[40], steps=1, forms=["compiled", "graph"], repeats=9)
+    tokens = {}
+    with torch.no_grad():
+        for name, model in generation.make_models(size, args).items():
+            for form, tokens_before in (("compiled", 0), ("graph", timing.CAPTURE_CALLS)):
+                torch.manual_seed(5)
+                torch._dynamo.reset()
+                cache = generation.filled_cache(model, 2, 40, args)
+                decode = generation.make_decoding(model, cache, 2, 40 - args.decoded, form, steps=1)
+                tokens[form] = torch.cat([decode().clone() for _ in range(8 - tokens_before)], dim=1)
+                assert int(cache.get_seq_length()) == 40 - args.decoded + 8
+            assert tokens["compiled"][:, timing.CAPTURE_CALLS :].equal(tokens["graph"]), name
 
 
 @pytest.mark.parametrize(("script", "flags"), SCRIPTS, ids=IDS)
@@ -342,6 +360,7 @@ def test_a_time_limit_ends_a_run_between_rows_and_says_so(script, flags, tmp_pat
         (mixer_length, ["--lengths", "0"], "lengths must be at least 1, got 0"),
         (training, ["--sizes", "7B"], "7B"),
         (training, ["--tokens=0"], "tokens must be at least 1, got 0"),
+        (generation, ["--forms", "graph"], "graph is a form of decoding on a GPU, got the device cpu"),
         (generation, ["--contexts", "100"], "contexts must be more than the 184 decoded tokens, got 100"),
         (generation, ["--from_json=./nowhere.json"], "nowhere.json"),
         (training, ["--output=/dev/null/training.json"], "cannot write"),
