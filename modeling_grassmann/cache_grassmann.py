@@ -27,7 +27,8 @@ class StateCacheLayer(CacheLayerMixin):
     their first entries, are named in `STATE`. They are updated in place, at a fixed address and size, so that
     `DynamicCache` and `StaticCache` share each class of such layers and decoding compiles.
 
-    After [`activate_past_recording`] (assisted decoding) tokens can be taken back, until the next [`crop`].
+    After [`activate_past_recording`] (assisted decoding) the tokens since then, or since the last [`crop`], can be
+    taken back, until [`stop_past_recording`].
     """
 
     STATE = ("keys", "values")
@@ -44,13 +45,27 @@ class StateCacheLayer(CacheLayerMixin):
     def state_tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self.STATE]
 
+    def renew(self, name: str, tensor: torch.Tensor) -> None:
+        """
+        Begin a state's tensor, in the memory of the one before [`reset`] if it fits: compiled code knows its address.
+        """
+        old = getattr(self, name, None)
+        fits = old is not None and (old.shape, old.dtype, old.device) == (tensor.shape, tensor.dtype, tensor.device)
+        # One that gradients go back to must not change.
+        setattr(self, name, old.copy_(tensor) if fits and not old.requires_grad else tensor)
+
     def mark_initialized(self, device: torch.device) -> None:
         """To be called when the state is there."""
         self.device = device
         self.cumulative_length = self.cumulative_length.to(device)
         if not is_torchdynamo_compiling():
-            for tensor in (*self.state_tensors(), self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
+            for name in (*self.STATE, "cumulative_length"):
+                tensor = getattr(self, name)
+                if tensor.is_inference():
+                    # Decoding may go on outside of inference mode, where nothing that was made in it may change.
+                    with torch.inference_mode(False):
+                        setattr(self, name, tensor.clone())
+                torch._dynamo.mark_static_address(getattr(self, name))
         self.is_initialized = True
 
     @abstractmethod
@@ -66,7 +81,10 @@ class StateCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
-        return self.cumulative_length if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        # A copy: the counter itself goes on.
+        return self.cumulative_length if is_torchdynamo_compiling() else self.cumulative_length.clone()
 
     @property
     def batch_size(self) -> int:
@@ -83,8 +101,13 @@ class StateCacheLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Remember all tokens from here on until the next [`crop`], so that they can be taken back."""
+        """Remember all tokens from here on, each until the next [`crop`], so that they can be taken back."""
         self.record_past = True
+
+    def stop_past_recording(self) -> None:
+        """Remember tokens no longer, and forget those that could be taken back."""
+        self.crop(0)
+        self.record_past = False
 
     @abstractmethod
     def num_recorded(self) -> int:
@@ -103,16 +126,15 @@ class StateCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
-        if not self.is_initialized:
-            return
         removed = -int(tokens_to_remove)
         if removed > self.num_recorded():
             raise ValueError(
                 f"Cannot take back {removed} tokens, since {self.num_recorded()} were recorded. Call "
                 "`activate_past_recording` on the cache before the tokens that may have to be taken back."
             )
-        self.take_back(removed)
-        self.cumulative_length -= removed
+        if self.is_initialized:
+            self.take_back(removed)
+            self.cumulative_length -= removed
 
     def offload(self) -> None:
         """
@@ -140,6 +162,11 @@ class StateCacheLayer(CacheLayerMixin):
             for name in self.STATE:
                 setattr(self, name, function(getattr(self, name)))
 
+    def reset(self) -> None:
+        """Forget all tokens. The memory stays for the next sequences, see [`renew`]."""
+        self.is_initialized = self.record_past = False
+        super().reset()
+
 
 class PluckerCacheLayer(StateCacheLayer):
     """
@@ -155,8 +182,8 @@ class PluckerCacheLayer(StateCacheLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, window: int) -> None:
         self.dtype, self.window = key_states.dtype, window
-        self.keys = key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1])
-        self.values = value_states.new_full((value_states.shape[0], window), NO_POSITION)
+        self.renew("keys", key_states.new_zeros(key_states.shape[0], window, key_states.shape[-1]))
+        self.renew("values", value_states.new_full((value_states.shape[0], window), NO_POSITION))
         self.mark_initialized(key_states.device)
 
     def update(
@@ -190,19 +217,12 @@ class PluckerCacheLayer(StateCacheLayer):
         return self.values[:, -1:]
 
     def num_recorded(self) -> int:
-        return self.keys.shape[1] - self.window
+        return self.keys.shape[1] - self.window if self.is_initialized else 0
 
     def take_back(self, count: int) -> None:
         end = self.keys.shape[1] - count
         self.keys = self.keys[:, end - self.window : end]
         self.values = self.values[:, end - self.window : end]
-
-    def reset(self) -> None:
-        if self.is_initialized and self.num_recorded():
-            self.keys, self.values = self.keys[:, -self.window :], self.values[:, -self.window :]
-        super().reset()
-        if self.is_initialized:
-            self.values.fill_(NO_POSITION)
 
 
 def first_positions(tokens: torch.Tensor) -> torch.Tensor:
@@ -226,13 +246,16 @@ class MemoryCacheLayer(StateCacheLayer):
         super().__init__()
         self.recorded, self.recorded_tail = [], []
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, kernel: str) -> None:
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, kernel: str, backend: str
+    ) -> None:
         batch_size, _, num_heads, value_size = value_states.shape
-        self.dtype, self.kernel = torch.promote_types(value_states.dtype, torch.float32), kernel
+        self.dtype, self.kernel, self.backend = torch.promote_types(value_states.dtype, torch.float32), kernel, backend
         num_features = KERNELS[kernel].num_features(key_states.shape[-1])
-        self.keys = value_states.new_zeros(batch_size, num_heads, num_features, value_size, dtype=self.dtype)
-        self.values = torch.full((batch_size,), NO_POSITION, device=value_states.device)
-        self.last = self.values[:, None].clone()
+        state_shape = (batch_size, num_heads, num_features, value_size)
+        self.renew("keys", value_states.new_zeros(state_shape, dtype=self.dtype))
+        self.renew("values", torch.full((batch_size,), NO_POSITION, device=value_states.device))
+        self.renew("last", self.values[:, None].clone())
         self.mark_initialized(value_states.device)
 
     def with_past(
@@ -259,8 +282,8 @@ class MemoryCacheLayer(StateCacheLayer):
             raise ValueError("`positions` are needed behind the tokens that `past_key_values` has seen.")
         positions = (positions if given else first_positions(key_states)).expand(batch_size, length)
         if not self.is_initialized:
-            self.tail = key_states.new_zeros(batch_size, window, size)
-            self.tail_positions = positions.new_full((batch_size, window), NO_POSITION)
+            self.renew("tail", key_states.new_zeros(batch_size, window, size))
+            self.renew("tail_positions", positions.new_full((batch_size, window), NO_POSITION))
         both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
         if self.record_past:
             # From the window before the first recorded token on.
@@ -279,6 +302,7 @@ class MemoryCacheLayer(StateCacheLayer):
         log_decay: torch.Tensor,
         positions: torch.Tensor | None,
         kernel: str,
+        backend: str = "auto",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Write `T` tokens and read at each of them; arguments are those of [`grassmann_memory.grassmann_memory`], and
@@ -289,7 +313,7 @@ class MemoryCacheLayer(StateCacheLayer):
         """
         is_first = not self.is_initialized
         if is_first:
-            self.lazy_initialization(key_states, value_states, kernel)
+            self.lazy_initialization(key_states, value_states, kernel, backend)
         given = positions
         if given is None:
             positions = first_positions(value_states).expand(value_states.shape[:2])
@@ -303,7 +327,7 @@ class MemoryCacheLayer(StateCacheLayer):
             self.recorded.append((key_states, value_states, log_decay, positions))
         state = None if is_first else state
         output, state = grassmann_memory(
-            query, key_states, value_states, log_decay, given, state, kernel, output_final_state=True
+            query, key_states, value_states, log_decay, given, state, kernel, output_final_state=True, backend=backend
         )
         self.keys.copy_(state.memory)
         self.values.copy_(state.position)
@@ -384,9 +408,8 @@ class MemoryCacheLayer(StateCacheLayer):
             self.keys, self.values, self.last = *self.before_recorded, self.last_before
         if count and left:
             keys, values, log_decay, positions = (torch.cat(parts, dim=1)[:, :left] for parts in zip(*self.recorded))
-            _, state = grassmann_memory(
-                keys, keys, values, log_decay, positions, self.before_recorded, self.kernel, output_final_state=True
-            )
+            options = {"kernel": self.kernel, "output_final_state": True, "backend": self.backend}
+            _, state = grassmann_memory(keys, keys, values, log_decay, positions, self.before_recorded, **options)
             self.keys, self.values, self.last = state.memory, state.position, positions[:, -1:]
         if count and self.recorded_tail:
             window, end = self.tail.shape[1], self.recorded_tail[0].shape[1] - count
@@ -400,10 +423,6 @@ class MemoryCacheLayer(StateCacheLayer):
     def reset(self) -> None:
         self.forget_recorded()
         super().reset()
-        if self.is_initialized:
-            self.values.fill_(NO_POSITION)
-            self.last.fill_(NO_POSITION)
-            self.tail_positions.fill_(NO_POSITION)
 
     def map_state(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_state(function)

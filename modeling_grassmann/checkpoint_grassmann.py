@@ -39,8 +39,9 @@ class CheckpointMixin:
         if is_main_process and not os.path.isfile(save_directory):
             self.save_code(save_directory)
             # From a checkpoint the Trainer publishes weights and configuration alone, with what lies one folder above.
-            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
-                self.save_code(Path(save_directory).parent)
+            folder = Path(save_directory).absolute()
+            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and is_folder_of_runs(folder.parent):
+                self.save_code(folder.parent)
             self.config.auto_map = dict(self.AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
@@ -86,13 +87,14 @@ class CheckpointMixin:
                 Whether weights that are missing, left over, or of another shape than the configuration says are
                 allowed, and start anew. An output layer (of another task) may always be missing or left over.
             use_safetensors (`bool`, *optional*, defaults to `True`):
-                `False` reads `pytorch_model.bin`, which is a pickle, restricted to tensors.
+                `False`, and not `None`, reads `pytorch_model.bin`, which is a pickle, restricted to tensors.
 
         Raises:
             OSError: if a file is missing or damaged; the message names it.
             RuntimeError: if the weights are not those of the configuration.
         """
         name, stored = pretrained_model_name_or_path, {}
+        use_safetensors = use_safetensors is not False
         if use_safetensors and name is not None and os.path.isdir(name):
             stored = read_headers(weight_folder(name, kwargs), kwargs.get("variant"))
         try:
@@ -124,6 +126,13 @@ class CheckpointMixin:
             info["missing_keys"] = info["missing_keys"] - model.all_tied_weights_keys.keys()
             check_weights(load_config.pretrained_model_name_or_path, info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def is_folder_of_runs(folder: Path) -> bool:
+    """Whether modules may be written into a folder: a Python that is started there would find them."""
+    notice = Path(__file__).read_text(encoding="utf-8").partition("\n")[0]
+    ours = (path.read_text(encoding="utf-8", errors="replace").startswith(notice) for path in folder.glob("*.py"))
+    return folder != Path.cwd() and all(ours)
 
 
 def check_weights(name: str | os.PathLike | None, info: dict[str, Any]) -> None:

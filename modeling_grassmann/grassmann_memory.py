@@ -43,6 +43,7 @@ import math
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import wraps
 from itertools import combinations
 from typing import NamedTuple
 
@@ -161,7 +162,26 @@ class ProductTensors(NamedTuple):
     overlap: int
 
 
-_PRODUCT_TENSORS = {}
+_MADE_ONCE = {}
+
+
+def made_once(make: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
+    """Tensors that are a function of hashable arguments: made once, and constants in compiled code."""
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def get(*arguments):
+        key = (make, *arguments)
+        if key in _MADE_ONCE:
+            return _MADE_ONCE[key]
+        with torch.inference_mode(False):
+            result = make(*arguments)
+        # What a tracer makes instead of tensors must not outlive it.
+        if all(type(x) in (torch.Tensor, nn.Parameter) for x in result if isinstance(x, torch.Tensor)):
+            _MADE_ONCE[key] = result
+        return result
+
+    return get
 
 
 def product_tensors(products: Callable[[int], Products], size: int, like: torch.Tensor) -> ProductTensors:
@@ -170,24 +190,15 @@ def product_tensors(products: Callable[[int], Products], size: int, like: torch.
     return constant_product_tensors(products, operator.index(size), like.device, like.dtype)
 
 
-@torch.compiler.assume_constant_result
+@made_once
 def constant_product_tensors(products, size, device, dtype) -> ProductTensors:
-    """[`product_tensors`], made once."""
-    key = (products, size, device, dtype)
-    if key in _PRODUCT_TENSORS:
-        return _PRODUCT_TENSORS[key]
+    """[`product_tensors`]."""
     first, second, weight, overlap = products(size)
-    with torch.inference_mode(False):
-        factors = torch.tensor(first + second, device=device)
-        selection = (factors[:, None] == torch.arange(1 + max(second), device=device)).to(dtype)
-        weight = torch.tensor(weight, device=device, dtype=dtype)[:, None]
-        # Parameters have fixed shapes in code that is compiled for all shapes.
-        tensors = [nn.Parameter(tensor, requires_grad=False) for tensor in (factors, selection, weight)]
-    result = ProductTensors(*tensors, overlap)
-    # What a tracer makes instead of tensors must not outlive it.
-    if type(factors) is torch.Tensor:
-        _PRODUCT_TENSORS[key] = result
-    return result
+    factors = torch.tensor(first + second, device=device)
+    selection = (factors[:, None] == torch.arange(1 + max(second), device=device)).to(dtype)
+    weight = torch.tensor(weight, device=device, dtype=dtype)[:, None]
+    # Parameters have fixed shapes in code that is compiled for all shapes.
+    return ProductTensors(*(nn.Parameter(x, requires_grad=False) for x in (factors, selection, weight)), overlap)
 
 
 def plucker_coordinates(frames: torch.Tensor) -> torch.Tensor:
@@ -382,21 +393,14 @@ class FeatureEntries(NamedTuple):
     overlap: int
 
 
-@torch.compiler.assume_constant_result
+@made_once
 def feature_entries(name: str, size: int, device) -> FeatureEntries:
-    """[`FeatureEntries`] for a kernel between frames of shape `(..., size)`, made once."""
-    key = (name, size, device)
-    if key in _PRODUCT_TENSORS:
-        return _PRODUCT_TENSORS[key]
+    """[`FeatureEntries`] for a kernel between frames of shape `(..., size)`."""
     first, second, weight, overlap = KERNELS[name].square(size)
-    with torch.inference_mode(False):
-        entries = torch.tensor([first, second], device=device, dtype=torch.int32)
-        weight = torch.tensor(weight, device=device, dtype=torch.float32)
-        # As in [`constant_product_tensors`].
-        result = FeatureEntries(*(nn.Parameter(x, requires_grad=False) for x in (entries, weight)), overlap)
-    if type(entries) is torch.Tensor:
-        _PRODUCT_TENSORS[key] = result
-    return result
+    entries = torch.tensor([first, second], device=device, dtype=torch.int32)
+    weight = torch.tensor(weight, device=device, dtype=torch.float32)
+    # As in [`constant_product_tensors`].
+    return FeatureEntries(*(nn.Parameter(x, requires_grad=False) for x in (entries, weight)), overlap)
 
 
 class PackedPlaces(NamedTuple):
@@ -419,12 +423,9 @@ class PackedPlaces(NamedTuple):
     relation_signs: torch.Tensor
 
 
-@torch.compiler.assume_constant_result
+@made_once
 def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
-    """[`PackedPlaces`] of a kernel, made once."""
-    key = (name, size, device, dtype)
-    if key in _PRODUCT_TENSORS:
-        return _PRODUCT_TENSORS[key]
+    """[`PackedPlaces`] of a kernel."""
     square = constant_product_tensors(KERNELS[name].square, size, device, dtype)
     width = coordinates_width(name, size)
     relations = []
@@ -433,13 +434,11 @@ def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
         for i, j, k, m in combinations(range(size), 4):
             terms = [(index[i, j], index[k, m]), (index[i, k], index[j, m]), (index[i, m], index[j, k])]
             relations.append([x * width + y for a, b in terms for x, y in ((a, b), (b, a))])
-    with torch.inference_mode(False):
-        first, second = square.factors.data.chunk(2)
-        places = first * width + second
-        relations = torch.tensor(relations, device=device, dtype=torch.long).reshape(-1, 6).T
-        relation_signs = torch.tensor([1, 1, -1, -1, 1, 1], device=device, dtype=dtype)[:, None, None]
-    _PRODUCT_TENSORS[key] = PackedPlaces(places, square.weight.data, square.overlap, relations, relation_signs)
-    return _PRODUCT_TENSORS[key]
+    first, second = square.factors.data.chunk(2)
+    places = first * width + second
+    relations = torch.tensor(relations, device=device, dtype=torch.long).reshape(-1, 6).T
+    relation_signs = torch.tensor([1, 1, -1, -1, 1, 1], device=device, dtype=dtype)[:, None, None]
+    return PackedPlaces(places, square.weight.data, square.overlap, relations, relation_signs)
 
 
 def pack_state(memory: torch.Tensor, name: str, size: int) -> torch.Tensor:

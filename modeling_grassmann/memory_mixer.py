@@ -150,8 +150,7 @@ class MemoryMixer(nn.Module):
         plucker_eps (`float`, *optional*, defaults to 1e-3): sine of the angle up to which two vectors are parallel.
         norm_eps (`float`, *optional*, defaults to 1e-5): of the norm.
         layer_idx (`int`, *optional*): index of this layer's entry in a decoding state.
-        backend (`str`, *optional*, defaults to `"auto"`): what computes pairs of tokens without a decoding state, see
-            [`grassmann_memory`].
+        backend (`str`, *optional*, defaults to `"auto"`): what computes the layer, see [`grassmann_memory`].
 
     Example:
 
@@ -288,9 +287,10 @@ class MemoryMixer(nn.Module):
             else:
                 query, key = self.frames(query), self.frames(key)
             log_decay = -F.softplus(decay.to(torch.promote_types(decay.dtype, torch.float32)) + self.decay_bias)
-            options = {"query": query, "log_decay": log_decay, "positions": positions, "kernel": self.kernel}
+            options = {"query": query, "log_decay": log_decay, "positions": positions}
+            options |= {"kernel": self.kernel, "backend": self.backend}
             if state is None:
-                output, _ = grassmann_memory(key=key, values=values, backend=self.backend, **options)
+                output, _ = grassmann_memory(key=key, values=values, **options)
             else:
                 output, _ = past_key_values.update(key, values, self.layer_idx, **options)
         # (B, T, H, dv) -> (B, T, H * dv) -> (B, T, d)

@@ -184,6 +184,19 @@ def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) 
         raise ValueError(f"`{name}` holds {outside[0]}, but the model knows 0 to {size - 1}. {advice}") from error
 
 
+def new_tokens_mask(attention_mask: torch.Tensor, past_key_values: Cache | None, length: int) -> torch.Tensor:
+    """
+    Columns of an attention mask `(B, M)` that belong to the `length` new tokens: `(B, T)`. They are the last ones,
+    unless the mask has room for tokens to come, as in a loop with a static cache.
+    """
+    before = attention_mask.shape[1] - length
+    if before == 0:
+        return attention_mask
+    seen = past_key_values.layers[0].cumulative_length.to(attention_mask.device)
+    columns = seen.clamp(max=before) + torch.arange(length, device=attention_mask.device)
+    return attention_mask.index_select(1, columns)
+
+
 def is_plain_prompt(positions: torch.Tensor, past_key_values: Cache) -> bool:
     """
     Whether rows of positions `(B, T)` are one sequence each, from its first token on, in a new state. To ask waits for
@@ -235,10 +248,10 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 "with `max_position_embeddings=None`."
             )
 
-    def check_cache(self, past_key_values: Cache) -> None:
+    def check_cache(self, past_key_values: Cache, batch_size: int) -> None:
         """
         Raises:
-            ValueError: if the model cannot decode with this state.
+            ValueError: if the model cannot decode a batch with this state.
         """
         if not self.config.is_causal:
             raise ValueError("`past_key_values` needs `is_causal=True`: a token here also depends on those after it.")
@@ -248,28 +261,44 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 f"`past_key_values` must hold {len(self.layers)} layers of this model's kind, got {past_key_values}. "
                 "Make it from the model's configuration, as in `DynamicCache(config=model.config)`."
             )
+        state = past_key_values.layers[0]
+        if state.is_initialized and state.batch_size != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds a state of {state.batch_size} rows, but the batch has {batch_size}. Decode "
+                "each batch with a cache of its own, or call the cache's `reset` before the next."
+            )
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "`past_key_values` cannot be used with gradient checkpointing in training: layers run again in the "
+                "backward pass, on a state that has moved on. Leave one of them away."
+            )
 
     def derive_position_ids(
         self, attention_mask: torch.Tensor | None, past_key_values: Cache | None, length: int, device: torch.device
     ) -> torch.Tensor:
         """
-        Position of each of the last `length` tokens among the real tokens of its row, `(B, T)` or `(1, T)`: counted
+        Position of each of the `length` new tokens among the real tokens of its row, `(B, T)` or `(1, T)`: counted
         over a mask that includes the tokens already seen, else counted on from the decoding state.
 
         Raises:
             ValueError: if a sequence is longer than the position table.
         """
-        total = length
+        total = length if attention_mask is None else attention_mask.shape[1]
         if attention_mask is None:
             position_ids = torch.arange(length, device=device)[None]
         else:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            total = attention_mask.shape[1]
-        if total == length and past_key_values is not None:
+            new_mask = new_tokens_mask(attention_mask, past_key_values, length)
+            position_ids = (new_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if past_key_values is not None:
+            seen = past_key_values.layers[0].cumulative_length.to(device)
             position_ids = position_ids + past_key_values.layers[0].next_positions()
+            if total > length:
+                # Adapters put tokens of their own before new ones, and before a mask that is of new ones alone.
+                counted = new_tokens_mask(attention_mask.long().cumsum(-1) - 1, past_key_values, length)
+                position_ids = torch.where(seen + length <= total, counted.clamp(min=0), position_ids)
             # Reading the count waits for the device: not without a table that it could run past.
             if self.embed_positions is not None and not torch.compiler.is_compiling():
-                total += int(past_key_values.get_seq_length())
+                total = max(total, int(seen) + length)
         self.check_length(total, position_ids)
         return position_ids
 
@@ -293,12 +322,11 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 "`attention_mask` must have shape (batch, length), with 0 for padding: there is no attention matrix "
                 f"to mask. Got shape {tuple(attention_mask.shape)}."
             )
-        if past_key_values is not None:
-            self.check_cache(past_key_values)
-
         if inputs_embeds is None:
             inputs_embeds = look_up(self.embed_tokens, input_ids, "input_ids", "Is the tokenizer that of the model?")
         batch_size, length = inputs_embeds.shape[:2]
+        if past_key_values is not None:
+            self.check_cache(past_key_values, batch_size)
         if attention_mask is not None and (
             attention_mask.shape[1] < length or (attention_mask.shape[1] > length and past_key_values is None)
         ):
@@ -333,7 +361,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if cu_seqlens is not None:
             positions = separate_sequences(positions, cu_seqlens)
         if attention_mask is not None:
-            positions = positions.masked_fill(attention_mask[:, -length:] == 0, NO_POSITION)
+            new_mask = new_tokens_mask(attention_mask, past_key_values, length)
+            positions = positions.masked_fill(new_mask == 0, NO_POSITION)
         if past_key_values is not None and "memory" in self.config.layer_mixers:
             whole_rows = is_plain_prompt(positions, past_key_values)
         for layer, mixer in zip(self.layers, self.config.layer_mixers):
@@ -363,6 +392,16 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
 
         # Initialize weights and apply final processing
         self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None: states are made by what they hold first, not as keys and values of a number of heads."""
+
+    def _assisted_decoding(self, *args, past_key_values: Cache, **kwargs):
+        outputs = super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
+        # Decoding may go on from the state, which is of constant size only where tokens are not taken back any more.
+        for layer in past_key_values.layers:
+            layer.stop_past_recording()
+        return outputs
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **kwargs):

@@ -598,7 +598,8 @@ def are_plain(*layers: nn.Module | None) -> bool:
         own = type(layer) in (nn.Linear, nn.LayerNorm, PluckerProjection)
         if not own or type(layer.weight) not in (torch.Tensor, nn.Parameter):
             return False
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+        hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+        if any(hooks) or "forward" in vars(layer):
             return False
     return True
 

@@ -152,6 +152,30 @@ def test_a_conversation_continues_from_the_returned_state(kind, options, make_mo
         ids = torch.cat([ids, make_ids(1, 4, seed=10 + turn)], dim=1)
 
 
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_a_prompt_in_chunks_gives_the_uncached_tokens(implementation, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(2, 9)
+    options = {"prefill_chunk_size": 4, "cache_implementation": implementation, "disable_compile": True}
+    assert torch.equal(generate(model, ids, **options), generate(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+def test_assistance_leaves_a_state_of_constant_size(options, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(1, 9)
+    if "assistant_model" in options:
+        options = {"assistant_model": make_similar(model, 0.02)}
+    cache, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    generate(model, ids, past_key_values=plain)
+    generated = generate(model, ids, past_key_values=cache, **options)
+    assert state_bytes(cache) == state_bytes(plain)
+    with pytest.raises(ValueError, match="since 0 were recorded"):
+        cache.crop(-1)
+    ids = torch.cat([ids, generated], dim=1)
+    expected = generate(model, ids, use_cache=False)
+    assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+    assert state_bytes(cache) == state_bytes(plain)
+
+
 def test_the_state_of_a_prompt_serves_several_continuations(make_cache, make_model, make_ids, flavour):
     model, prompt = make_model(**flavour), make_ids(1, 9)
     cache = make_cache(model.config)
@@ -204,7 +228,7 @@ def test_a_mask_of_the_new_tokens_alone_counts_on_from_those_seen(make_cache, ma
     assert_equal(logits[mask.bool()], model(ids).logits[:, 9:][mask.bool()])
 
 
-@pytest.mark.parametrize("mask", ["none", "new_tokens", "all_tokens"])
+@pytest.mark.parametrize("mask", ["none", "new_tokens", "all_tokens", "room"])
 def test_decoding_by_hand_counts_positions_on_behind_padding(mask, make_cache, make_model, make_ids, flavour):
     model, ids = make_model(**flavour).double(), make_ids(2, 12)
     full = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
@@ -212,7 +236,10 @@ def test_decoding_by_hand_counts_positions_on_behind_padding(mask, make_cache, m
     model(ids[:, :7], attention_mask=full[:, :7], past_key_values=cache)
     logits = []
     for t in range(7, 12):
-        given = {"none": None, "new_tokens": full[:, t : t + 1], "all_tokens": full[:, : t + 1]}[mask]
+        given = {"none": None, "new_tokens": full[:, t : t + 1], "all_tokens": full[:, : t + 1]}
+        # As long as it will ever be, with zeros for what is to come.
+        given["room"] = torch.nn.functional.pad(full[:, : t + 1], (0, 30 - t))
+        given = given[mask]
         logits.append(model(ids[:, t : t + 1], attention_mask=given, past_key_values=cache).logits)
     assert_equal(torch.cat(logits, dim=1), model(ids, attention_mask=full).logits[:, 7:])
 
@@ -323,6 +350,56 @@ def test_a_reset_state_is_as_good_as_new(recording, make_cache, make_model, make
     # From position 1, so that an old neighbour at position 0 would be noticed.
     inputs = {"input_ids": make_ids(2, 12, seed=4), "position_ids": torch.arange(1, 13)[None]}
     assert_equal(model(**inputs, past_key_values=cache).logits, model(**inputs).logits)
+
+
+def test_a_reset_state_serves_another_batch_and_another_backward_pass(make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour).double(), make_ids(3, 9)
+    cache = make_cache(model.config)
+    for rows in (3, 3, 2):
+        gradients = []
+        for past_key_values in (cache, None):
+            logits = model(ids[:rows], past_key_values=past_key_values).logits
+            gradients.append(torch.autograd.grad(logits.square().sum(), model.get_input_embeddings().weight)[0])
+        assert_equal(*gradients)
+        cache.reset()
+
+
+def test_a_reset_state_keeps_its_addresses(make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(2, 9)
+    cache, addresses = make_cache(model.config), []
+    with torch.no_grad():
+        for _ in range(2):
+            model(ids, past_key_values=cache)
+            layers = [(layer, (*layer.STATE, "cumulative_length")) for layer in cache.layers]
+            addresses.append([getattr(layer, name).data_ptr() for layer, names in layers for name in names])
+            cache.reset()
+    assert addresses[0] == addresses[1]
+
+
+def test_a_state_of_inference_mode_goes_on_outside_of_it(make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(2, 12)
+    cache = make_cache(model.config)
+    with torch.inference_mode():
+        model(ids[:, :7], past_key_values=cache)
+    with torch.no_grad():
+        assert_equal(continued_logits(model, cache, ids[:, 7:]), model(ids).logits[:, 7:])
+
+
+def test_a_length_that_was_asked_for_does_not_change(make_cache, make_model, make_ids):
+    model, ids = make_model(), make_ids(1, 9)
+    cache = make_cache(model.config)
+    model(ids[:, :5], past_key_values=cache)
+    length = cache.get_seq_length()
+    model(ids[:, 5:], past_key_values=cache)
+    assert (length, cache.get_seq_length()) == (5, 9)
+
+
+def test_a_state_of_another_batch_is_refused_by_message(make_cache, make_model, make_ids, flavour):
+    model = make_model(**flavour)
+    cache = make_cache(model.config)
+    model(make_ids(2, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds a state of 2 rows, but the batch has 3"):
+        model(make_ids(3, 1), past_key_values=cache)
 
 
 def test_a_state_made_for_another_model_is_refused_by_message(make_model, make_ids):

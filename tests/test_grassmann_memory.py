@@ -569,7 +569,7 @@ def test_constants_that_tracers_and_inference_make_do_not_stay():
     inputs = make_inputs(length=20)
     expected = outputs_and_gradients(chunked(5), inputs)
     for context in (FakeTensorMode(), torch.inference_mode(), torch.device("meta")):
-        memory._PRODUCT_TENSORS.clear()
+        memory._MADE_ONCE.clear()
         with context:
             chunked(5)(*(torch.ones(leaf.shape, dtype=leaf.dtype) for leaf in inputs))
         assert_all_close(outputs_and_gradients(chunked(5), inputs), expected)
@@ -601,7 +601,7 @@ def assert_same_results(compiled, length, dynamic=False, tolerance=1e-10):
 
 
 def test_one_graph_serves_all_lengths():
-    memory._PRODUCT_TENSORS.clear()
+    memory._MADE_ONCE.clear()
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(from_vectors, fullgraph=True, backend=counter)
@@ -612,7 +612,7 @@ def test_one_graph_serves_all_lengths():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_features_compile_for_all_shapes(kernel):
-    memory._PRODUCT_TENSORS.clear()
+    memory._MADE_ONCE.clear()
     torch._dynamo.reset()
 
     def function(vectors):
@@ -630,7 +630,7 @@ def test_features_compile_for_all_shapes(kernel):
 
 
 def test_graphs_of_forward_and_backward_pass_give_the_same():
-    memory._PRODUCT_TENSORS.clear()
+    memory._MADE_ONCE.clear()
     torch._dynamo.reset()
     assert_same_results(torch.compile(from_vectors, fullgraph=True, backend="aot_eager"), 37)
 

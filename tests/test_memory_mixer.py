@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from modeling_grassmann import GrassmannConfig, GrassmannForCausalLM, MemoryMixer, modeling_grassmann
 from modeling_grassmann.configuration_grassmann import MEMORY_KERNELS
-from modeling_grassmann.grassmann_memory import KERNELS
+from modeling_grassmann.grassmann_memory import KERNELS, choose_memory_backend
 from modeling_grassmann.modeling_grassmann import is_plain_prompt
 from modeling_grassmann.plucker import NO_POSITION
 
@@ -106,6 +106,10 @@ def test_hooks_and_other_layers_take_part_where_one_product_makes_all_projection
         torch.testing.assert_close(mixer(hidden_states), expected, rtol=1e-4, atol=1e-5)
         assert len(calls) == 1, name
         handle.remove()
+        handle = layer.register_full_backward_pre_hook(lambda *arguments, calls=calls: calls.append(arguments))
+        mixer(hidden_states).sum().backward()
+        assert len(calls) == 2, name
+        handle.remove()
         setattr(mixer, name, torch.nn.Sequential(layer, torch.nn.Tanh()))
         assert (mixer(hidden_states) - expected).abs().max() > 1e-4, name
 
@@ -124,6 +128,26 @@ def test_the_kernels_give_what_plain_torch_gives(chunks, monkeypatch):
         results.append([output, *torch.autograd.grad(output.sin().sum(), [hidden_states, *mixer.parameters()])])
     for expected, actual in zip(*results):
         assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_backend_that_was_asked_for_computes_with_a_state_too(backend, make_model, make_ids, monkeypatch):
+    asked = []
+
+    def choose(backend, *arguments):
+        asked.append(backend)
+        return choose_memory_backend(backend, *arguments)
+
+    monkeypatch.setattr("modeling_grassmann.grassmann_memory.choose_memory_backend", choose)
+    model = make_model(mixer_types="memory", norm_placement="pre", mixer_backend=backend)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(make_ids(1, 5), past_key_values=cache)
+        cache.activate_past_recording()
+        model(make_ids(1, 3), past_key_values=cache)
+        cache.crop(-1)
+    # A prompt, more tokens, and those of them that are written again.
+    assert asked == 3 * len(model.model.layers) * [backend]
 
 
 def test_the_configuration_names_the_kernels_there_are():
@@ -176,7 +200,7 @@ def test_a_prompt_without_padding_leaves_what_it_leaves_with_positions(record, m
             second = model(ids[:, 5:], past_key_values=cache).logits
         if record:
             cache.layers[0].crop(-3)
-        return [first, second, *cache.layers[0].state_tensors()]
+        return [first, second, *(getattr(cache.layers[0], name) for name in cache.layers[0].STATE)]
 
     plain = read(attention_mask=torch.ones(2, 5, dtype=torch.long))
     asked = []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_grassmann.grassmann_memory import (
     KERNELS,
@@ -158,6 +159,8 @@ def test_packed_and_padded_rows_are_those_of_the_recurrence(dtype, tolerance):
 @pytest.mark.parametrize("kernel, r", SQUARES)
 def test_a_state_is_the_same_before_and_after_packing(kernel, r):
     """For what is read: features of planes are fewer than products of coordinates."""
+    with FakeTensorMode():  # whose constants must not stay
+        pack_state(torch.randn(2, 3, KERNELS[kernel].num_features(r), 4, dtype=torch.float64), kernel, r)
     memory = torch.randn(2, 3, KERNELS[kernel].num_features(r), 4, dtype=torch.float64)
     packed = pack_state(memory, kernel, r)
     torch.testing.assert_close(packed, packed.transpose(2, 3))

@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DynamicCache,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -402,6 +403,19 @@ def test_a_pooling_survives_saving_and_an_unknown_one_is_refused(make_model, mak
 # Training
 
 
+def test_a_folder_named_as_a_checkpoint_brings_no_modules_among_those_of_a_user(make_model, tmp_path, monkeypatch):
+    """A Python that is started above would import them instead of the package."""
+    model = make_model()
+    (tmp_path / "plucker.py").write_text("mine = 1\n")
+    model.save_pretrained(tmp_path / "checkpoint-5")
+    assert (tmp_path / "checkpoint-5" / "plucker.py").exists()
+    assert [path.read_text() for path in tmp_path.glob("*.py")] == ["mine = 1\n"]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    model.save_pretrained("checkpoint-5")
+    assert not list((tmp_path / "work").glob("*.py"))
+
+
 @pytest.mark.parametrize("model_class", [GrassmannForCausalLM, GrassmannForSequenceClassification])
 def test_every_parameter_receives_a_gradient(model_class, make_model, make_ids, flavour):
     model, ids = make_model(model_class, **flavour).train(), make_ids(4, 64)
@@ -420,6 +434,20 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, make_model, m
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
     for name, gradient in gradients(model, **inputs).items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_gradient_checkpointing_refuses_a_state_where_layers_would_run_on_it_twice(make_model, make_ids, flavour):
+    model, ids = make_model(**flavour), make_ids(1, 9)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="`past_key_values` cannot be used with gradient checkpointing"):
+        model(ids, labels=ids, past_key_values=DynamicCache(config=model.config))
+    # Without gradients nothing runs twice: samples may be drawn between steps.
+    generated = model.generate(
+        ids, max_new_tokens=6, do_sample=False, past_key_values=DynamicCache(config=model.config)
+    )
+    assert torch.equal(generated, expected)
 
 
 @pytest.mark.parametrize("field", ["hidden_dropout", "embedding_dropout"])

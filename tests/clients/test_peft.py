@@ -205,6 +205,23 @@ def test_trainer_checkpoints_gradients_of_an_adapter(make_model, make_ids, tmp_p
         assert not torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_generation_behind_tuned_prompts_gives_the_uncached_logits(padding, make_model, make_ids, flavour):
+    """PEFT puts tokens of its own before the prompt, and one column for each before every mask."""
+    fields = {"num_virtual_tokens": 3, "num_attention_heads": 1, "num_layers": 1, "token_dim": 32}
+    model = make_model(**flavour).double()
+    adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", **fields)).eval()
+    mask = (torch.arange(8) >= torch.tensor([[0], [padding]])).long()
+    ids = make_ids(2, 8) * mask
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    generated = adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, **options)
+    whole_mask = torch.nn.functional.pad(mask, (0, 5), value=1)
+    for step, logits in enumerate(generated.logits):
+        seen = slice(None, 8 + step)
+        expected = adapted(input_ids=generated.sequences[:, seen], attention_mask=whole_mask[:, seen]).logits[:, -1]
+        torch.testing.assert_close(logits, expected.float())
+
+
 def test_cached_generation_with_an_adapter_gives_the_uncached_tokens(make_model, make_ids):
     model, ids = adapt(make_model()), make_ids(3, 9)
     mask = torch.ones_like(ids)
