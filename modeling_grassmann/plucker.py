@@ -457,6 +457,10 @@ def window_sums_by_window(
         Sums of shape `(B, T, H, r)` and numbers of pairs of shape `(B, T, 1)`.
     """
     length, window_size = reduced.shape[1], pair_weights.shape[-1]
+    if front + length < window_size:
+        # One window, of which only these places hold tokens: the cost of the others is quadratic.
+        pair_weights = pair_weights[:, front : front + length, front : front + length]
+        front, window_size = 0, length
     padding = (front, -(front + length) % window_size)
     z, z_hat = (
         F.pad(vectors, (0, 0, 0, 0, *padding)).unflatten(1, (-1, window_size)) for vectors in (reduced, direction)

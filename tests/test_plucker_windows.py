@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_grassmann import PluckerWindowMixer, plucker_features, plucker_window_features
 from modeling_grassmann.plucker import num_plucker_coordinates, window_pair_weights
@@ -113,6 +115,26 @@ def test_heads_share_out_the_pairs_as_documented():
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17])
 def test_collapse_equals_the_sums_in_outputs_and_every_gradient(length, stride, heads, sharing):
     assert_equals_naive(make_inputs(length=length, heads=heads), ragged_mask(length), 8, stride, sharing)
+
+
+def test_a_window_costs_no_more_than_the_text_in_it():
+    sizes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is not torch.ops.aten.slice.Tensor:  # a view
+                sizes.extend(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    inputs, largest = make_inputs(length=9, heads=2), []
+    for window_size in (9, 300):
+        pair_weights, sizes = window_pair_weights(window_size, 2, "distance"), []
+        with Record():
+            plucker_window_features(*inputs, pair_weights, ragged_mask(9), window_size).sum().backward()
+        # Without the weights of all pairs themselves.
+        largest.append(max(size for size in sizes if size != pair_weights.numel()))
+    assert largest[0] == largest[1]
 
 
 @pytest.mark.parametrize(("stride", "heads", "sharing"), [(8, 4, "distance"), (4, 3, "enumeration")])
