@@ -9,7 +9,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -251,8 +251,8 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
                 Id on the Hub or folder of a model that `AutoModel` loads, or the model itself, which then becomes part
                 of the new one: without its pooler, and without a decoding state.
             backbone_kwargs (`dict`, *optional*):
-                Arguments of `AutoModel.from_pretrained`, such as `revision` or `trust_remote_code`. The weights are
-                loaded in float32, however they were stored, unless it names another `dtype`.
+                Arguments of `AutoModel.from_pretrained`, such as `revision`. Weights are loaded in float32, whatever
+                their type in the file, unless it names another `dtype`.
             config_fields (*optional*):
                 Fields of [`GrassmannPluckerConfig`], `num_labels`, `id2label`, `label2id` or `problem_type`.
 
@@ -260,7 +260,8 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
             the model, in evaluation mode. `save_pretrained` writes backbone and head into one file.
 
         Raises:
-            ValueError: if a field is unknown, or the backbone is not a text encoder.
+            ValueError: if a field is unknown, or the backbone is not a text encoder, or one that only its own code
+                knows.
 
         Example:
 
@@ -279,6 +280,13 @@ class GrassmannPluckerForSequenceClassification(CheckpointMixin, PreTrainedModel
                 raise ValueError(f"`{name}` is no field of GrassmannPluckerConfig. Close to it: {', '.join(closest)}.")
         if not isinstance(backbone, PreTrainedModel):
             backbone = AutoModel.from_pretrained(backbone, **{"dtype": torch.float32, **(backbone_kwargs or {})})
+        model_type = backbone.config.model_type
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`backbone` is of the type {model_type!r}, which Transformers does not know: what is saved would not "
+                "load. Register its configuration with `AutoConfig.register` and its class with "
+                "`AutoModel.register`, here and wherever the model is loaded, or choose another backbone."
+            )
         config = GrassmannPluckerConfig(backbone_config=backbone.config, **config_fields)
         return cls(config, backbone).to(backbone.dtype).eval()
 

@@ -301,6 +301,14 @@ def test_a_model_that_the_backbones_configuration_does_not_name_is_refused(model
         GrassmannPluckerForSequenceClassification.from_backbone(model_class(config))
 
 
+def test_a_backbone_that_only_its_own_code_knows_is_refused(make_backbone):
+    # The saved classifier would not load.
+    backbone = make_backbone()
+    backbone.config.model_type = "from_elsewhere"
+    with pytest.raises(ValueError, match=r"`backbone` is of the type 'from_elsewhere'.*AutoConfig\.register"):
+        GrassmannPluckerForSequenceClassification.from_backbone(backbone)
+
+
 def test_an_unknown_field_is_refused_with_its_nearest_names(make_backbone):
     with pytest.raises(ValueError, match=r"`windowsize` is no field.*window_size"):
         GrassmannPluckerForSequenceClassification.from_backbone(make_backbone(), windowsize=4)
