@@ -53,6 +53,8 @@ from timing import (
 )
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from modeling_grassmann.cache_grassmann import CACHE_NAME
+
 
 # (context, batch size) -> least ratio of Llama's time a token to ours.
 TARGETS = {(65536, 64): 3.0}
@@ -136,7 +138,7 @@ def filled_cache(model: PreTrainedModel, batch_size: int, context: int, args: Ge
         return cache
     chunk = max(args.prefill_tokens // batch_size, 1)
     for start in range(0, seen, chunk):
-        model.model(random_ids(model, batch_size, min(chunk, seen - start)), past_key_values=cache, use_cache=True)
+        model.model(random_ids(model, batch_size, min(chunk, seen - start)), use_cache=True, **{CACHE_NAME: cache})
     return cache
 
 
@@ -159,7 +161,7 @@ def make_decoding(
     def step() -> None:
         if form == "compiled":
             torch.compiler.cudagraph_mark_step_begin()
-        outputs = forward(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        outputs = forward(input_ids=tokens, position_ids=position_ids, use_cache=True, **{CACHE_NAME: cache})
         tokens.copy_(outputs.logits[:, -1].argmax(-1, keepdim=True))
         position_ids.add_(1)
 
@@ -204,7 +206,7 @@ def measure_prefill(
 
     def prefill() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        return model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return model(input_ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
 
     torch._dynamo.reset()
     while batch_size >= 1:

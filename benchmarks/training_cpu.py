@@ -19,6 +19,8 @@ from peers import SIZES, make_grassmann, make_llama
 from timing import TimingArguments, check_known, markdown, median_and_iqr, milliseconds, start_record, write_record
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedModel
 
+from modeling_grassmann.cache_grassmann import CACHE_NAME
+
 
 OFFSETS = [1, 2, 4, 8, 12, 16]
 # The greatest part of Llama's time that a training step should take.
@@ -96,7 +98,7 @@ def decoding(model: PreTrainedModel, batch_size: int, context: int, steps: int) 
     ids = torch.randint(model.config.vocab_size, (batch_size, context), generator=generator)  # (B, T)
     state = DynamicCache(config=model.config)
     model.eval()
-    first = model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+    first = model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: state}).logits.argmax(-1)  # (B, 1)
 
     def prepare() -> Callable[[], torch.Tensor]:
         model.eval()
@@ -107,7 +109,7 @@ def decoding(model: PreTrainedModel, batch_size: int, context: int, steps: int) 
             tokens = [first]
             for position in range(context, context + steps):
                 position_ids = torch.full_like(first, position)
-                outputs = model(tokens[-1], position_ids=position_ids, past_key_values=cache, use_cache=True)
+                outputs = model(tokens[-1], position_ids=position_ids, use_cache=True, **{CACHE_NAME: cache})
                 tokens.append(outputs.logits[:, -1:].argmax(-1))
             return torch.cat(tokens, dim=1)
 

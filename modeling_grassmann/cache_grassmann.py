@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
 from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory
@@ -21,6 +22,11 @@ except ImportError:
     memory_step = None
 
 
+# What a decoding state is called among a model's arguments and outputs: the second name came with Transformers 5.24.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = CACHE_NAMES[CACHE_NAMES[1] in BaseModelOutputWithPast.__dataclass_fields__]
+
+
 class StateCacheLayer(CacheLayerMixin):
     """
     A state of constant size, which every row has from its first token on. Its tensors, one row of the batch in each of
@@ -32,7 +38,6 @@ class StateCacheLayer(CacheLayerMixin):
     """
 
     STATE = ("keys", "values")
-    is_compileable = True
     is_croppable = True
     supports_early_init = False
 
@@ -41,6 +46,11 @@ class StateCacheLayer(CacheLayerMixin):
         self.record_past = False
         # A tensor, because a Python integer would recompile the decoding step at every token.
         self.cumulative_length = torch.tensor(0)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether shapes and addresses stay the same from token to token, which recorded tokens do not allow."""
+        return not self.record_past
 
     def state_tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self.STATE]

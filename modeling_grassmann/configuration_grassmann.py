@@ -156,7 +156,7 @@ class GrassmannConfig(PreTrainedConfig):
     """
 
     model_type = "grassmann"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 30522
     hidden_size: int = 256

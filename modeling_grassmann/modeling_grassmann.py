@@ -22,7 +22,11 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_grassmann import first_positions  # and registers decoding states with Transformers' caches
+from .cache_grassmann import (  # and registers decoding states with Transformers' caches
+    CACHE_NAME,
+    CACHE_NAMES,
+    first_positions,
+)
 from .checkpoint_grassmann import CheckpointMixin
 from .configuration_grassmann import GrassmannConfig
 from .loss_grassmann import fused_causal_lm_loss, register_with_liger
@@ -35,6 +39,14 @@ from .plucker import (
     positions_from_cu_seqlens,
     separate_sequences,
 )
+
+
+CACHE_ARGS = r"""
+    past_key_values (`Cache`, *optional*):
+        Decoding state, as earlier calls have left it. Transformers calls it `cache` from version 5.24 on.
+    cache (`Cache`, *optional*):
+        The same.
+"""
 
 
 class GrassmannMLP(nn.Module):
@@ -139,7 +151,7 @@ class GrassmannPreTrainedModel(CheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GrassmannBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GrassmannBlock}
 
@@ -182,6 +194,18 @@ def look_up(embedding: nn.Embedding, ids: torch.Tensor, name: str, advice: str) 
         if not outside:
             raise
         raise ValueError(f"`{name}` holds {outside[0]}, but the model knows 0 to {size - 1}. {advice}") from error
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """
+    The decoding state, by whichever of its names it was given.
+
+    Raises:
+        ValueError: if it was given by both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("`past_key_values` and `cache` are two names of the same argument: give one of them.")
+    return past_key_values if cache is None else cache
 
 
 def new_tokens_mask(attention_mask: torch.Tensor, past_key_values: Cache | None, length: int) -> torch.Tensor:
@@ -304,7 +328,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @auto_docstring
+    @auto_docstring(custom_args=CACHE_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -313,8 +337,10 @@ class GrassmannModel(GrassmannPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        past_key_values = given_cache(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -369,10 +395,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
             known = whole_rows and mixer == "memory"
             hidden_states = layer(hidden_states, None if known else positions, past_key_values, **kwargs)
 
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 
 
 @auto_docstring
@@ -396,10 +419,10 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self) -> None:
         """None: states are made by what they hold first, not as keys and values of a number of heads."""
 
-    def _assisted_decoding(self, *args, past_key_values: Cache, **kwargs):
-        outputs = super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
+    def _assisted_decoding(self, *args, **kwargs):
+        outputs = super()._assisted_decoding(*args, **kwargs)
         # Decoding may go on from the state, which is of constant size only where tokens are not taken back any more.
-        for layer in past_key_values.layers:
+        for layer in kwargs[CACHE_NAME].layers:
             layer.stop_past_recording()
         return outputs
 
@@ -432,6 +455,7 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -441,6 +465,10 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
             Whether to compute the loss without logits, which are `None` then: in less memory, by Liger's kernels on a
             GPU and by PyTorch elsewhere. By default so in training with labels, if the attribute `fused_loss` of the
             model is True.
+        past_key_values (`Cache`, *optional*):
+            Decoding state, as earlier calls have left it. Transformers calls it `cache` from version 5.24 on.
+        cache (`Cache`, *optional*):
+            The same.
 
         Example:
 
@@ -469,7 +497,7 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -487,9 +515,9 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -514,7 +542,7 @@ def pool(hidden_states: torch.Tensor, real: torch.Tensor, pooling: str) -> torch
 @auto_docstring
 class GrassmannForSequenceClassification(GenericForSequenceClassification, GrassmannPreTrainedModel):
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=CACHE_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -524,13 +552,14 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -558,9 +587,9 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

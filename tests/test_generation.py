@@ -10,6 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
+from modeling_grassmann import GrassmannForCausalLM, GrassmannForSequenceClassification, GrassmannModel
+from modeling_grassmann.cache_grassmann import CACHE_NAME
+
 
 COMPILER = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 CACHES = {
@@ -392,6 +395,21 @@ def test_a_length_that_was_asked_for_does_not_change(make_cache, make_model, mak
     length = cache.get_seq_length()
     model(ids[:, 5:], past_key_values=cache)
     assert (length, cache.get_seq_length()) == (5, 9)
+
+
+@pytest.mark.parametrize("model_class", [GrassmannModel, GrassmannForCausalLM, GrassmannForSequenceClassification])
+def test_a_state_may_be_given_by_either_of_its_names(model_class, make_cache, make_model, make_ids, flavour):
+    model, ids = make_model(model_class, **flavour), make_ids(2, 9)
+    outputs = []
+    for name in ("past_key_values", "cache"):
+        cache = make_cache(model.config)
+        model(ids[:, :5], **{name: cache})
+        output = model(ids[:, 5:], **{name: cache})
+        assert cache.get_seq_length() == 9 and output[CACHE_NAME] is cache
+        outputs.append(output[0])
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match="`past_key_values` and `cache` are two names of the same argument"):
+        model(ids, past_key_values=cache, cache=cache)
 
 
 def test_a_state_of_another_batch_is_refused_by_message(make_cache, make_model, make_ids, flavour):

@@ -29,6 +29,8 @@ from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
+from modeling_grassmann.cache_grassmann import CACHE_NAMES
+
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ class RunTrainer(Trainer):
         # A decoding state is no prediction, whether or not the configuration says so.
         if ignore_keys is None:
             ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
-        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, "past_key_values"])
+        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *CACHE_NAMES])
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
