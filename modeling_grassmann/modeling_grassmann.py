@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
@@ -592,6 +593,9 @@ class GrassmannForSequenceClassification(GenericForSequenceClassification, Grass
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+
+# Trainer smooths the labels of the next tokens, instead of those of the tokens themselves, in models it finds here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GrassmannConfig.model_type] = GrassmannForCausalLM.__name__
 
 __all__ = [
     "GrassmannForCausalLM",

@@ -134,6 +134,15 @@ def gradients_of_a_step(case, folder, **options):
 # Gradients
 
 
+def test_label_smoothing_smooths_the_next_tokens(make_case, tmp_path):
+    """Trainer shifts labels itself then, in models that it knows as language models."""
+    losses = []
+    for factor in (0.0, 1e-9):
+        trainer = make_trainer(make_case("language_model"), tmp_path, label_smoothing_factor=factor)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_accumulated_gradients_of_unequal_batches_are_those_of_all_rows_together(name, make_case, tmp_path):
     # Seven rows in batches of 2, 2, 2 and 1: neither rows nor tokens are equally many.
