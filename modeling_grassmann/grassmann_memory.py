@@ -426,7 +426,7 @@ class PackedPlaces(NamedTuple):
 @made_once
 def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
     """[`PackedPlaces`] of a kernel."""
-    square = constant_product_tensors(KERNELS[name].square, size, device, dtype)
+    first, second, weight, overlap = KERNELS[name].square(size)
     width = coordinates_width(name, size)
     relations = []
     if KERNELS[name].num_vectors == 2:
@@ -434,11 +434,11 @@ def packed_places(name: str, size: int, device, dtype) -> PackedPlaces:
         for i, j, k, m in combinations(range(size), 4):
             terms = [(index[i, j], index[k, m]), (index[i, k], index[j, m]), (index[i, m], index[j, k])]
             relations.append([x * width + y for a, b in terms for x, y in ((a, b), (b, a))])
-    first, second = square.factors.data.chunk(2)
-    places = first * width + second
+    places = torch.tensor([x * width + y for x, y in zip(first, second)], device=device)
+    weight = torch.tensor(weight, device=device, dtype=dtype)[:, None]
     relations = torch.tensor(relations, device=device, dtype=torch.long).reshape(-1, 6).T
     relation_signs = torch.tensor([1, 1, -1, -1, 1, 1], device=device, dtype=dtype)[:, None, None]
-    return PackedPlaces(places, square.weight.data, square.overlap, relations, relation_signs)
+    return PackedPlaces(places, weight, overlap, relations, relation_signs)
 
 
 def pack_state(memory: torch.Tensor, name: str, size: int) -> torch.Tensor:
@@ -463,8 +463,10 @@ def unpack_state(state: torch.Tensor, name: str, size: int) -> torch.Tensor:
     """The features of a state of the fused kernels: `(B, H, W, W, dv)` -> `(B, H, F, dv)`."""
     packed = packed_places(name, size, state.device, state.dtype)
     shape = state.shape[:2]
-    # The gradient of a symmetric state is symmetric, too.
-    state = ((state + state.transpose(2, 3)) / 2).flatten(0, 1).flatten(1, 2)  # (B * H, W * W, dv)
+    if state.requires_grad:
+        # The gradient of a symmetric state is symmetric, too.
+        state = (state + state.transpose(2, 3)) / 2
+    state = state.flatten(0, 1).flatten(1, 2)  # (B * H, W * W, dv)
     features = state.index_select(1, packed.places) * packed.weight
     return add_overlap(features, packed.overlap).unflatten(0, shape)
 
@@ -816,16 +818,17 @@ def grassmann_memory_chunked(
     arguments = query, key, values, log_decay
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-    last = last_position(initial_state, values)
-    segments = None
-    if positions is None:
-        starts = torch.zeros(1, length, dtype=torch.bool, device=values.device)
-        last = following_positions(last, length)[:, -1]
-    else:
+    segments, last = None, None
+    if positions is not None:
+        last = last_position(initial_state, values)
         real, starts, last = sequence_starts(positions.expand(values.shape[:2]), last)
         number = prefix_sums(starts.int())
         segments = torch.where(real, number, -1 - number)
         (log_decay,) = keep(real & ~starts, log_decay)
+    elif output_final_state and initial_state is None:
+        last = torch.full(values.shape[:1], length - 1, device=values.device)
+    elif output_final_state:
+        last = following_positions(initial_state.position, length)[:, -1]
     # States of squares have kernels of their own.
     fused = backend == "triton" and kernel.square is not None
     if backend == "triton":
@@ -835,7 +838,9 @@ def grassmann_memory_chunked(
                 return pairs, None
             in_last = None if segments is None else segments == number[:, -1:]
             return pairs, MemoryState(row_state(key, values, log_decay, in_last, name, dtype), last)
-    if segments is not None:
+    if segments is None:
+        starts = torch.zeros(1, length, dtype=torch.bool, device=values.device)
+    else:
         query, key, values = keep(real, query, key, values)
     size, frames = query.shape[-1], (query, key)
     if not fused:
