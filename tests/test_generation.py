@@ -231,7 +231,7 @@ def test_a_mask_of_the_new_tokens_alone_counts_on_from_those_seen(make_cache, ma
     assert_equal(logits[mask.bool()], model(ids).logits[:, 9:][mask.bool()])
 
 
-@pytest.mark.parametrize("mask", ["none", "new_tokens", "all_tokens", "room"])
+@pytest.mark.parametrize("mask", ["none", "new_tokens", "all_tokens", "room", "adapter"])
 def test_decoding_by_hand_counts_positions_on_behind_padding(mask, make_cache, make_model, make_ids, flavour):
     model, ids = make_model(**flavour).double(), make_ids(2, 12)
     full = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
@@ -242,6 +242,8 @@ def test_decoding_by_hand_counts_positions_on_behind_padding(mask, make_cache, m
         given = {"none": None, "new_tokens": full[:, t : t + 1], "all_tokens": full[:, : t + 1]}
         # As long as it will ever be, with zeros for what is to come.
         given["room"] = torch.nn.functional.pad(full[:, : t + 1], (0, 30 - t))
+        # An adapter's columns, for tokens that the state holds, before that of the new one.
+        given["adapter"] = torch.nn.functional.pad(full[:, t : t + 1], (3, 0), value=1)
         given = given[mask]
         logits.append(model(ids[:, t : t + 1], attention_mask=given, past_key_values=cache).logits)
     assert_equal(torch.cat(logits, dim=1), model(ids, attention_mask=full).logits[:, 7:])

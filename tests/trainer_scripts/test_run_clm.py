@@ -181,7 +181,7 @@ def test_only_padded_batches_have_a_mask(tokenizer_folder, lengths, has_mask):
 
 
 def test_a_decoding_state_is_no_prediction_even_if_the_configuration_does_not_say_so(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(GPT2Config, "keys_to_ignore_at_inference", [])
+    monkeypatch.setattr(GPT2Config, "keys_to_ignore_at_inference", [], raising=False)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     arguments = [argument for argument in tiny_run if not argument.startswith(("--model_type", "--config_"))]
     arguments += ["--model_type=gpt2", f"--config_overrides={json.dumps(sizes)}", "--do_eval", "--do_predict"]
