@@ -73,14 +73,19 @@ def layouts_of_addresses(ptx: str) -> dict[str, int]:
     return {address: len(found) for address, found in layouts.items()}
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
-def test_no_address_has_two_layouts(size):
-    """The assembler of CUDA 12.8 takes the address under the second one from a register that nothing has written."""
-    command = [sys.executable, __file__, *map(str, size)]
+@pytest.fixture(scope="module")
+def layouts():
+    """[`layouts_of_addresses`] by size and kernel, from a process whose Triton compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
+def test_no_address_has_two_layouts(size, layouts):
+    """The assembler of CUDA 12.8 takes the address under the second one from a register that nothing has written."""
+    found = layouts[str(size)]
     assert len(found) == 2 * len(KERNELS)
     for counts in found.values():
         # Queries or keys, values and what is read of them in the loop, and once more.
@@ -98,9 +103,10 @@ def test_two_layouts_are_found():
 
 
 if __name__ == "__main__":
-    kernel, r, dv = sys.argv[1], *map(int, sys.argv[2:])
-    found = {}
-    for name in KERNELS:
-        for segments in (False, True):
-            found[f"{name} {segments=}"] = layouts_of_addresses(compile_for_hopper(kernel, r, dv, name, segments))
+    found = defaultdict(dict)
+    for size in SIZES:
+        for name in KERNELS:
+            for segments in (False, True):
+                ptx = compile_for_hopper(*size, name, segments)
+                found[str(size)][f"{name} {segments=}"] = layouts_of_addresses(ptx)
     print(json.dumps(found))
