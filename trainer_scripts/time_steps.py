@@ -25,7 +25,7 @@ from checkpoints import write_json
 from cuda_graphs import GraphTrainer, check_graph_arguments
 from models import load_config, load_model, load_tokenizer
 from records import environment
-from run_records import MISSING, RecordsParser, table_head
+from run_records import MISSING, RecordsParser, positive, table_head
 from text_data import BlockCollator, cut_into_blocks
 from training import RunTrainer, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
@@ -115,12 +115,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells[2:] = [f"{row['seconds_per_step'] * 1e3:.2f}", f"{row['spread'] * 1e3:.2f}", f"{speed:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
-    return int(text)
 
 
 @exits_on_user_error

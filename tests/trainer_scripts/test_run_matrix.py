@@ -305,7 +305,7 @@ def test_jobs_run_side_by_side_without_gpus(fake, out, monkeypatch):
         (["0"], ["--jobs", "2", "--jobs_per_gpu", "2"], ["--jobs", "--jobs_per_gpu"]),
         ([], ["--gpus", "0"], ["no GPU", "--jobs"]),
         ([], ["--jobs_per_gpu", "2"], ["no GPU", "--jobs"]),
-        ([], ["--jobs", "0"], ["--jobs", "at least 1"]),
+        ([], ["--jobs", "0"], ["--jobs", "0 must be an integer of at least 1"]),
     ],
 )
 def test_impossible_slots_are_refused(fake, out, monkeypatch, capsys, available, argv, words):
