@@ -27,7 +27,7 @@ import torch
 import transformers
 from arguments import UserError, exits_on_user_error
 from models import MODEL_ERRORS, ModelArguments, check_vocabulary, load_tokenizer
-from run_records import RecordsParser
+from run_records import RecordsParser, positive
 from transformers import DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -426,13 +426,6 @@ def convert(checkpoint: Checkpoint, args: argparse.Namespace, special_tokens: di
         return converter(checkpoint, args, special_tokens)
     except MODEL_ERRORS as error:
         raise checkpoint.error(f"its sizes, with the options, make no model: {error}") from error
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 @exits_on_user_error

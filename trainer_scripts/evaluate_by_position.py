@@ -25,11 +25,11 @@ from models import ModelArguments, import_all, load_config, load_model, load_tok
 from positions import beyond_positions, mean_by_distance, position_limit
 from records import environment
 from report_by_position import write_report
-from run_clm import check_causality
+from run_clm import METRICS, check_causality
 from run_records import new_figure
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_texts, tokenize
 from torch.nn import functional as F
-from training import make_trainer, place, setup_logging
+from training import check_training_arguments, make_trainer, place, setup_logging
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if training_args.do_train or training_args.push_to_hub:
         raise UserError("do_train and push_to_hub mean nothing here: saved models are evaluated")
+    check_training_arguments(training_args, METRICS)
     setup_logging(training_args)
     import_all(args.import_packages)
     # Rather now than after the evaluation.

@@ -330,15 +330,3 @@ def add_dropout(model: PreTrainedModel, p: float) -> None:
         module.register_forward_hook(drop)
     for mlp in networks:
         mlp.down_proj.register_forward_pre_hook(drop_input)
-
-
-def usable_positions(model: PreTrainedModel) -> int | None:
-    """Number of tokens that the model has positions for; None if it takes texts of any length."""
-    positions = getattr(text_config(model.config), "max_position_embeddings", None)
-    if positions is None:
-        return None
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            # RoBERTa and its relatives count positions from the one after that of padding.
-            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
-    return positions

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +27,9 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "entailment_pairs"
+# Labels that mean that there is none, unless a class is named so.
+NO_LABEL = {"", "-", "-1"}
+INTEGER = re.compile(r"\s*([+-]?\d+)(\.0*)?\s*")
 
 
 @dataclass
@@ -41,7 +44,7 @@ class PairArguments(DataFileArguments):
 
     premise_column: str = field(default="premise", metadata={"help": "Column of the first texts."})
     hypothesis_column: str = field(default="hypothesis", metadata={"help": "Column of the second texts."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels, which are text or integers."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels: texts, integers or booleans."})
     class_names: list[str] | None = field(
         default=None,
         metadata={
@@ -95,13 +98,14 @@ class Pairs:
 def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
     """Load the given splits; a missing `validation` is taken from the first rows of `train`.
 
-    Rows with the label -1, `-` or none at all are left out, unless `label_mapping` names it.
+    Rows with the label -1, `-` or none at all are left out, unless `class_names` or `label_mapping` names it.
 
     Raises:
         UserError: if data cannot be found or read, a column is missing or of the wrong kind, a text is missing, a
             label is impossible, a split has no labelled rows, or a validation split taken from `train` lacks a class.
     """
-    data = load_splits(args, load_entailment_pairs)
+    # As text, in which +1, 01 or TRUE are still as the file has them, and as names may be given.
+    data = load_splits(args, load_entailment_pairs, csv={"converters": {args.label_column: str}})
     data = {split: data[split] for split in SPLITS if split in data}
     for split, rows in data.items():
         check_column(rows, args.label_column, args.source(split))
@@ -110,10 +114,7 @@ def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
                 f"column {args.label_column} of {args.source(split)} holds {rows.features[args.label_column]}, neither"
                 " text nor integers"
             )
-    named = args.label_mapping or {}
-    labels = {
-        split: [plain_label(value, named) for value in rows[args.label_column][:]] for split, rows in data.items()
-    }
+    labels = {split: read_labels(rows, args) for split, rows in data.items()}
     names = class_names(args, data, labels)
 
     pairs, unlabelled = {}, dict.fromkeys(splits, 0)
@@ -134,45 +135,55 @@ def load_pairs(args: PairArguments, splits: list[str]) -> Pairs:
     return Pairs({split: pairs[split] for split in splits}, names, {split: unlabelled[split] for split in splits})
 
 
-def plain_label(value: Any, named: Container[str]) -> int | str | None:
-    """A label as an integer, also where a table stores it as a float or as text, or as text; None if there is none.
-
-    Args:
-        value: what the column holds.
-        named: labels, as text, that count as such even if they are among those that mean that there is none.
-    """
-    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
-        value = int(value)
-    elif isinstance(value, float):
-        # Tables store integers as floats where some are missing.
-        value = int(value) if value.is_integer() else None if value != value else str(value)
-    elif isinstance(value, bool):
-        value = int(value)
-    return None if value in (None, -1, "-", "") and str(value) not in named else value
+def read_labels(rows: Dataset, args: PairArguments) -> list[Any]:
+    """What the column of labels holds, with the data set's own names in place of numbers, unless others are given."""
+    labels, feature = rows[args.label_column][:], rows.features[args.label_column]
+    if not isinstance(feature, ClassLabel):
+        return labels
+    known = args.label_mapping or args.class_names or feature.names
+    names = dict(enumerate(feature.names)) if {*feature.names} <= {*known} else {}
+    return [names.get(label, label) for label in labels]
 
 
-def class_names(
-    args: PairArguments, data: Mapping[str, Dataset], labels: Mapping[str, list[int | str | None]]
-) -> list[str]:
+def spellings(value: Any) -> list[str]:
+    """The ways to write a label: as the data have it first, and in its plainest form last. None of an empty cell."""
+    # Tables also mark what is missing by NaN.
+    if value is None or value != value:
+        return []
+    text = str(value)
+    if text.lower() in ("true", "false"):
+        return [text, text.lower(), text.upper(), text.capitalize()]
+    # Tables store integers as floats where some are missing.
+    number = INTEGER.fullmatch(text)
+    return [text, str(int(number.group(1)))] if number else [text]
+
+
+def is_missing(spelled: list[str]) -> bool:
+    """Whether a label that no class is named after means that there is none."""
+    return not spelled or not NO_LABEL.isdisjoint(spelled)
+
+
+def class_names(args: PairArguments, data: Mapping[str, Dataset], labels: Mapping[str, list[Any]]) -> list[str]:
     """Names of the classes in the order of their ids: those given, those of the data set, or the labels themselves.
 
     Raises:
         UserError: if they cannot be told, or are fewer than two.
     """
     features = [rows.features[args.label_column] for rows in data.values()]
-    values = {value for column in labels.values() for value in column} - {None}
+    spelled = [spellings(value) for value in set().union(*labels.values())]
+    values = {texts[-1] for texts in spelled if not is_missing(texts)}
     if args.class_names:
         names = args.class_names
     elif args.label_mapping:
         names = list(dict.fromkeys(args.label_mapping.values()))
     elif features and isinstance(features[0], ClassLabel):
         names = features[0].names
-    elif all(isinstance(value, str) for value in values):
+    elif not any(INTEGER.fullmatch(value) for value in values):
         names = sorted(values)
-    elif values == set(range(len(values))):
-        names = [f"LABEL_{i}" for i in sorted(values)]
+    elif values == {str(i) for i in range(len(values))}:
+        names = [f"LABEL_{i}" for i in range(len(values))]
     else:
-        found = ", ".join(sorted(map(str, values))[:10])
+        found = ", ".join(sorted(values)[:10])
         raise UserError(
             f"column {args.label_column} holds the labels {found}, which are not 0, 1, 2, ...: name the classes in the"
             " order of their ids with class_names, or map labels to names with label_mapping"
@@ -184,32 +195,40 @@ def class_names(
     return list(names)
 
 
-def label_ids(labels: list[int | str | None], names: list[str], split: str, args: PairArguments) -> list[int | None]:
+def ids_by_label(names: list[str], label_mapping: Mapping[str, str] | None) -> dict[str, int]:
+    """The class that each label stands for: by `label_mapping`, or else by the name of a class, or else by its id."""
+    if label_mapping:
+        return {label: names.index(name) for label, name in label_mapping.items()}
+    ids = {name: i for i, name in enumerate(names)}
+    # Where names are numbers, a number that is no name is a mistake and no id.
+    if not any(INTEGER.fullmatch(name) for name in names):
+        ids.update({str(i): i for i in range(len(names))})
+    return ids
+
+
+def label_ids(labels: list[Any], names: list[str], split: str, args: PairArguments) -> list[int | None]:
     """Id of each label's class; None where there is no label.
 
     Raises:
         UserError: if a label is none of the classes.
     """
-    ids = {None: None}
-    for row, label in enumerate(labels):
-        if label in ids:
+    known, ids = ids_by_label(names, args.label_mapping), {}
+    for row, value in enumerate(labels):
+        if value in ids:
             continue
-        given = args.label_mapping.get(str(label)) if args.label_mapping else label
-        if given in names:
-            ids[label] = names.index(given)
-        elif str(label) in names and not args.label_mapping:
-            ids[label] = names.index(str(label))
-        elif isinstance(given, int) and 0 <= given < len(names):
-            ids[label] = given
-        else:
-            where = f"row {row} (counted from 0) of the {split} data of {args.source(split)} has the label {label}"
+        spelled = spellings(value)
+        text = next((text for text in spelled if text in known), None)
+        if text is None and not is_missing(spelled):
+            where = f"row {row} (counted from 0) of the {split} data of {args.source(split)} has the label {value}"
             if args.label_mapping:
-                raise UserError(f"{where}, which is not in label_mapping: {closest(label, args.label_mapping)}")
+                raise UserError(f"{where}, which is not in label_mapping: {closest(value, args.label_mapping)}")
+            by_id = f", nor an id from 0 to {len(names) - 1}" if len(known) > len(names) else ""
             raise UserError(
-                f"{where}, which is none of the {len(names)} classes {', '.join(names)}, nor an id from 0 to"
-                f" {len(names) - 1}: name all classes with class_names, or map labels to names with label_mapping"
+                f"{where}, which is none of the {len(names)} classes {', '.join(names)}{by_id}: name all classes with"
+                " class_names, or map labels to names with label_mapping"
             )
-    return [ids[label] for label in labels]
+        ids[value] = known.get(text)
+    return [ids[value] for value in labels]
 
 
 def _labelled(rows: Dataset, ids: list[int | None], split: str, args: PairArguments) -> Dataset:

@@ -3,8 +3,21 @@
 from typing import Any
 
 import numpy as np
-from models import usable_positions
+from models import text_config
 from transformers import PreTrainedModel
+
+
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """Number of tokens that the model has positions for; None if it takes texts of any length."""
+    positions = getattr(text_config(model.config), "max_position_embeddings", None)
+    # XLNet, whose positions are relative, gives -1.
+    if positions is None or positions < 1:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            # RoBERTa and its relatives count positions from the one after that of padding.
+            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+    return positions
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

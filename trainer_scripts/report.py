@@ -14,8 +14,9 @@ Cells of `run_matrix.py` of several depths or block sizes come each with a table
 model without them, as in `report.py runs/published/wikitext2_* --baseline wikitext2_transformer`.
 
 Runs whose names differ only in a trailing `_seed<N>` are one model or group: tables hold their mean and standard
-deviation, and curves are means. Every figure is read from the files; one that is not there shows as a dash.
-`--compare A:B` gives the difference A - B of the mean accuracies, with a paired interval over the items of the split.
+deviation, and curves are means. Every figure is read from the files; one that is not there shows as a dash, and
+a language model that was not evaluated during its training is in the table alone. `--compare A:B` gives the difference
+A - B of the mean accuracies, with a paired interval over the items of the split.
 """
 
 from pathlib import Path
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     sections.append("Written by `trainer_scripts/report.py`.")
     write_document(document, sections)
     page = write_page(document)
-    print(f"wrote {document}, its pictures, and {page}")
+    print(f"wrote {document}, {page}, and the pictures that they show")
 
 
 if __name__ == "__main__":

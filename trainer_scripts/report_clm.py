@@ -33,6 +33,10 @@ PUBLISHED = ("layers", "block", "parameters", "perplexity")
 # The vertical axis ends at this multiple of the worst run's best perplexity: the first epochs, which are many times
 # higher, would otherwise leave no room for the differences between late ones.
 HEADROOM = 1.6
+NO_CURVES = (
+    "- There is no picture: no `log.jsonl` has a finite `eval_perplexity` of an evaluation during training, such as"
+    " `--eval_strategy epoch` makes."
+)
 
 
 def find_baseline(groups: dict[str, Group], name: str | None) -> Group | None:
@@ -152,27 +156,27 @@ def minutes(
 
 
 def plot(
-    groups: list[Group], baseline: Group | None, path: Path, step_times: dict[str, dict[str, Any]] | None = None
+    curves: dict[str, list[tuple[float, float]]], baseline: Group | None, path: Path, over_time: bool = False
 ) -> list[str]:
-    """Draw validation perplexity against epoch, or minutes if `step_times` are given, one curve a model, as a PNG.
+    """Draw validation perplexity against epoch, or minutes if it is `over_time`, one curve a model, as a PNG.
+
+    Args:
+        curves: those of the models by name, of which one at least is not empty.
+        baseline: the model whose curve stands out, if any.
+        path: file to write.
+        over_time: whether the curves are over minutes.
 
     Returns:
         notes on what the picture leaves out.
 
     Raises:
-        UserError: if matplotlib is missing, no run has a curve, or the file cannot be written.
+        UserError: if matplotlib is missing, or the file cannot be written.
     """
     figure = new_figure(layout="constrained")
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     notes = []
-    curves = {group.name: mean_curve(group, notes) for group in groups}
-    if step_times is not None:
-        curves = {group.name: minutes(group, curves[group.name], step_times) for group in groups}
     curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        raise UserError("there is nothing to plot: no log.jsonl has a finite eval_perplexity")
-
     values = [value for curve in curves.values() for _, value in curve]
     top = min(max(values), HEADROOM * max(min(value for _, value in curve) for curve in curves.values()))
     bottom = min(values)
@@ -197,7 +201,7 @@ def plot(
     axes.yaxis.set_major_locator(
         LogLocator(subs=(1, 2, 5)) if top > 10 * bottom else MaxNLocator(12, steps=[1, 2, 5, 10])
     )
-    if step_times is None:
+    if not over_time:
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=max(curve[-1][0] for curve in curves.values()) >= 2))
         axes.set_xlabel("epoch (passes over the training data)", fontsize=12)
     else:
@@ -292,15 +296,19 @@ def setting(
     picture: Path,
 ) -> list[str]:
     """The parts on models that are compared with each other; `over_training` asks for the gaps after each epoch."""
-    notes = plot(groups, baseline, picture)
-    parts = [
-        results_table(groups, baseline, parent, step_times),
-        f"![Validation perplexity against epoch, one curve a model]({picture.name})",
-        "\n".join(notes),
-    ]
-    if step_times is not None and any(group.name in step_times for group in groups):
+    notes = []
+    curves = {group.name: mean_curve(group, notes) for group in groups}
+    parts = [results_table(groups, baseline, parent, step_times)]
+    if any(curves.values()):
+        notes += plot(curves, baseline, picture)
+        parts.append(f"![Validation perplexity against epoch, one curve a model]({picture.name})")
+    else:
+        notes = [NO_CURVES]
+    parts.append("\n".join(notes))
+    curves = {group.name: minutes(group, curves[group.name], step_times or {}) for group in groups}
+    if any(curves.values()):
         by_time = picture.with_name(f"{picture.stem}_time.png")
-        plot(groups, baseline, by_time, step_times)
+        plot(curves, baseline, by_time, over_time=True)
         parts.append(f"![Validation perplexity against the time of training steps, one curve a model]({by_time.name})")
     if over_training and baseline:
         parts.append(gaps_over_training(groups, baseline))

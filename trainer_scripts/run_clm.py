@@ -19,7 +19,8 @@ from checkpoints import RunLog
 from corpus import train_tokenizer
 from cuda_graphs import GraphArguments, GraphTrainer, check_graph_arguments
 from metrics import compute_perplexity, sum_negative_log_likelihood
-from models import ModelArguments, load_config, load_model, load_tokenizer
+from models import ModelArguments, load_config, load_model, load_tokenizer, text_config
+from positions import usable_positions
 from text_data import EMBEDDED_CORPUS, BlockCollator, DataArguments, load_blocks, load_texts
 from training import (
     RunTrainer,
@@ -36,7 +37,6 @@ from training import (
 )
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -60,13 +60,13 @@ def embedded_tokenizer(
     return partial(train_tokenizer, texts["train"]["text"], args.vocab_size)
 
 
-def choose_block_size(args: DataArguments, config: PreTrainedConfig) -> int:
+def choose_block_size(args: DataArguments, model: PreTrainedModel) -> int:
     """Tokens per block: `block_size`, or all positions of the model but at most 1024.
 
     Raises:
         UserError: if the model has fewer positions than `block_size`.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(model)
     if args.block_size is None:
         return min(positions or 1024, 1024)
     if positions is not None and args.block_size > positions:
@@ -84,9 +84,11 @@ def check_causality(model: PreTrainedModel, length: int) -> None:
             perplexity would mean nothing.
     """
     model.eval()
-    ids = torch.arange(length, device=model.device)[None]
+    vocab_size = text_config(model.config).vocab_size
+    # A vocabulary may be smaller than the length.
+    ids = torch.arange(length, device=model.device)[None] % vocab_size
     other = ids.clone()
-    other[0, -1] += 1
+    other[0, -1] = (other[0, -1] + 1) % vocab_size
     with torch.inference_mode():
         logits, changed = (model(input_ids=tokens).logits[0, :-1].float() for tokens in (ids, other))
     # Up to rounding: inputs of one shape take the same path.
@@ -109,12 +111,14 @@ def main(argv: list[str] | None = None) -> None:
         texts = load_texts(data_args)
         tokenizer = load_tokenizer(model_args, embedded_tokenizer(data_args, texts))
         config = load_config(model_args, tokenizer)
-        block_size = choose_block_size(data_args, config)
-        blocks = load_blocks(texts, splits, tokenizer, block_size, data_args)
 
     # Before the construction, so that the seed also decides the initial weights.
     set_seed(training_args.seed)
+    # By all processes at a time, among which weights may be spread.
     model = load_model(model_args, AutoModelForCausalLM, config)
+    block_size = choose_block_size(data_args, model)
+    with training_args.main_process_first(desc="blocks"):
+        blocks = load_blocks(texts, splits, tokenizer, block_size, data_args)
     place(model, training_args)
     check_causality(model, min(block_size, 8))
     use_cache = getattr(model.config, "use_cache", None)

@@ -43,7 +43,7 @@ from matrix import (
     make_cells,
     training,
 )
-from run_records import RecordsParser
+from run_records import RecordsParser, positive
 
 
 MODES = {"train": ["train"], "eval": ["eval"], "both": ["train", "eval"]}
@@ -275,12 +275,6 @@ def print_commands(
             print("# finished before" if is_finished(run) else shlex.join(run.command))
         except UserError as error:
             print(f"# {error}")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

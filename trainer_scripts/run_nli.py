@@ -26,7 +26,6 @@ from models import (
     load_config,
     load_model,
     load_tokenizer,
-    usable_positions,
 )
 from outcomes import write_outcomes, write_predictions
 from pair_data import (
@@ -37,6 +36,7 @@ from pair_data import (
     tokenize_pairs,
     warn_without_separator,
 )
+from positions import usable_positions
 from training import (
     RunTrainer,
     check_training_arguments,

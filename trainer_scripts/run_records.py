@@ -378,6 +378,13 @@ def output_paths(output: Path) -> tuple[Path, Path]:
     return output.with_name(output.name + ".md"), output.with_name(output.name + ".png")
 
 
+def positive(text: str) -> int:
+    """The `type` of an argument that is an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
+    return int(text)
+
+
 class RecordsParser(argparse.ArgumentParser):
     """Command line of a script that works on recorded runs; mistakes are `UserError`s."""
 

@@ -25,7 +25,7 @@ from checkpoints import write_json
 from cuda_graphs import GraphTrainer, check_graph_arguments
 from models import load_config, load_model, load_tokenizer
 from records import environment
-from run_records import MISSING, RecordsParser, table_head
+from run_records import MISSING, RecordsParser, positive, table_head
 from text_data import BlockCollator, cut_into_blocks
 from training import RunTrainer, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
@@ -77,9 +77,9 @@ def measure(recipe: str, mode: str, args: argparse.Namespace, extra: list[str]) 
             check_graph_arguments(training_args)
         tokenizer = load_tokenizer(model_args, None)
         config = load_config(model_args, tokenizer)
-        block_size = run_clm.choose_block_size(data_args, config)
         set_seed(training_args.seed)
         model = load_model(model_args, AutoModelForCausalLM, config)
+        block_size = run_clm.choose_block_size(data_args, model)
         # A few batches, again and again.
         tokens = torch.randint(len(tokenizer), (8 * training_args.train_batch_size * block_size,))
         clock = Clock(args.warmup, args.steps)
@@ -115,12 +115,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells[2:] = [f"{row['seconds_per_step'] * 1e3:.2f}", f"{row['spread'] * 1e3:.2f}", f"{speed:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
-    return int(text)
 
 
 @exits_on_user_error

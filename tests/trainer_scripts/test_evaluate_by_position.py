@@ -197,6 +197,10 @@ def test_each_value_counts_in_the_range_of_its_distance(pairs):
         (["--max_eval_samples=3"], ["max_eval_samples"]),
         (["--split=validation"], ["no validation data"]),
         (["--split=train"], ["train"]),
+        (["--dataloader_drop_last=true"], ["dataloader_drop_last", "must be false", "whole"]),
+        (["--prediction_loss_only=true"], ["prediction_loss_only", "must be false", "whole"]),
+        (["--batch_eval_metrics=true"], ["batch_eval_metrics", "must be false", "whole"]),
+        (["--eval_do_concat_batches=false"], ["eval_do_concat_batches true", "whole"]),
         (["--models", "nowhere/at/all"], ["nowhere/at/all"]),
     ],
 )

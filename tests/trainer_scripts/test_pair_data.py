@@ -42,11 +42,56 @@ THREE = {"class_names": ["a", "b", "c"]}
         (["E", "N", "E"], {"label_mapping": {"N": "no", "E": "yes"}}, ["no", "yes"]),
         ([7, 9, 7], {"label_mapping": '{"7": "x", "9": "y"}'}, ["y", "x"]),
         (["E", "N"], {"label_mapping": {"N": "b", "E": "a"}, **THREE}, ["b"]),
-        ([True, False, True], {}, ["LABEL_0", "LABEL_1"]),
+        ([True, False, True], {}, ["False", "True"]),
     ],
 )
 def test_labels_of_any_form_become_classes(labels, arguments, expected, tmp_path):
     assert names(load(tmp_path, labels, **arguments)) == expected
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("names_given", [["True", "False"], ["true", "false"], ["TRUE", "FALSE"]])
+def test_booleans_are_the_classes_that_are_named_so(names_given, suffix, tmp_path):
+    pairs = load(tmp_path, [True, False, True], suffix=suffix, class_names=names_given)
+    assert pairs.splits["train"]["label"][:] == [1, 0]
+    mapping = dict(zip(names_given, ["yes", "no"]))
+    assert names(load(tmp_path, [True, False, True], suffix=suffix, label_mapping=mapping)) == ["no", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "suffix", "given", "unlabelled"),
+    [
+        (["+", "-", "+", "-", ""], "csv", ["+", "-"], 1),
+        (["+", "-", "+", "-", "-1"], "jsonl", ["+", "-"], 1),
+        ([1, -1, 1, -1, None], "jsonl", ["-1", "1"], 1),
+        ([1.0, -1.0, 1.0, -1.0, None], "parquet", ["-1", "1"], 1),
+        (["1", "-1", "1", "-1", "-"], "csv", ["-1", "1"], 1),
+        (["+1", "-1", "+1", "-1"], "csv", ["-1", "+1"], 0),
+        (["00", "01", "00", "01"], "csv", ["01", "00"], 0),
+        (["true", "FALSE", "True", "false"], "csv", ["True", "False"], 0),
+    ],
+)
+def test_label_that_class_names_names_is_that_class(labels, suffix, given, unlabelled, tmp_path):
+    pairs = load(tmp_path, labels, suffix=suffix, class_names=given)
+    expected = {"+": ["-", "+", "-"], "-1": ["-1", "1", "-1"], "01": ["01", "00", "01"]}
+    expected |= {"True": ["False", "True", "False"]}
+    assert [name.replace("+1", "1") for name in names(pairs)] == expected[given[0]]
+    assert pairs.unlabelled == {"train": unlabelled}
+
+
+def test_number_of_a_class_label_stands_for_its_name_and_no_other(tmp_path):
+    rows = {"premise": ["p"] * 3, "hypothesis": ["h"] * 3, "label": [0, 1, 2]}
+    table = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["1", "2", "3"]))
+    table.to_parquet(tmp_path / "a.parquet")
+    by_number = {"label_mapping": {"0": "a", "1": "b", "2": "c"}}
+    for given, expected in [
+        ({}, "123"),
+        ({"class_names": ["3", "1", "2"]}, "123"),
+        (THREE, "abc"),
+        (by_number, "abc"),
+    ]:
+        pairs = load_pairs(PairArguments(test_file=str(tmp_path / "a.parquet"), **given), ["test"])
+        assert "".join(pairs.label_names[i] for i in pairs.splits["test"]["label"]) == expected
 
 
 def test_classes_have_the_order_that_the_recipe_gives(tmp_path):
@@ -192,6 +237,8 @@ def test_tokenizer_that_runs_the_texts_together_gets_one_warning(template, warni
         ([0, 1], {"label_mapping": {"1": "a", "2": "b"}}, ["row 0", "label 0", "label_mapping"]),
         ([["a"], ["b"]], {}, ["label", "neither"]),
         ([0, 1], {"class_names": ["a", "a"]}, ["different"]),
+        ([0, 1, 2], {"class_names": ["1", "2", "3"]}, ["row 0", "label 0", "classes 1, 2, 3: name all classes"]),
+        ([True, False], {"class_names": ["yes", "no"]}, ["row 0", "label True", "yes, no", "label_mapping"]),
         ([-1, -1, None], {"class_names": ["a", "b"]}, ["empty", "no row with a label"]),
     ],
 )

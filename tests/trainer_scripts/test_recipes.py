@@ -55,8 +55,9 @@ def test_recipe_parses_and_its_model_builds(recipe, monkeypatch):
         pytest.importorskip(package, reason=f"{package} is missing: the extra `bench`")
     model_args, data_args, training_args, _ = parse(run_clm.ARGUMENTS, [str(recipe), "--use_cpu"])
     config = run_clm.load_config(model_args, BertVocabulary())
-    assert run_clm.choose_block_size(data_args, config) == data_args.block_size
-    assert build(config).get_output_embeddings().weight.shape[0] == (30528 if recipe in MEMORY else 30522)
+    model = build(config)
+    assert run_clm.choose_block_size(data_args, model) == data_args.block_size
+    assert model.get_output_embeddings().weight.shape[0] == (30528 if recipe in MEMORY else 30522)
     assert training_args.do_train and training_args.do_eval
 
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import report
+import run_clm
 from conftest import REPOSITORY
 from run_records import MARKERS, MISSING, curve_style
 
@@ -295,10 +296,27 @@ def test_a_run_without_evaluations_is_in_the_table_only(tmp_path, runs, figures)
     assert [line.get_label() for line in figures[0].axes[0].lines] == ["other", "base"]
 
 
-def test_without_any_curve_there_is_an_error(tmp_path, capsys):
-    run = write_run(tmp_path / "silent", [], seed=0)
-    assert "nothing to plot" in error_of(capsys, run, "--output", str(tmp_path / "results"))
-    assert not (tmp_path / "results.md").exists()
+@pytest.mark.parametrize("perplexities", [[], [math.inf]])
+def test_without_any_curve_there_is_a_table_without_a_picture(perplexities, tmp_path):
+    run = write_run(tmp_path / "cards" / "silent", perplexities, eval_perplexity=50.0, seed=0)
+    (tmp_path / "steps.json").write_text(
+        json.dumps([{"recipe": "silent", "mode": "eager", "tokens_per_step": 8192, "seconds_per_step": 0.5}])
+    )
+    published = str(REPOSITORY / "configuration" / "published_wikitext2.json")
+    options = ["--baseline", "silent", "--published_perplexities", published]
+    text = make_report(tmp_path, run, *options, "--step_times", str(tmp_path / "steps.json"))
+    assert "| silent | 1 ([0](../cards/silent)) | — | 50.00 | — | baseline | 16,384 |" in text
+    assert text.count("- There is no picture: no `log.jsonl` has a finite `eval_perplexity`") == 1
+    assert "![" not in text and not list((tmp_path / "docs").glob("*.png"))
+    assert "50.00" in Page((tmp_path / "docs" / "results.html").read_text(encoding="utf-8")).cells
+
+
+def test_a_training_without_evaluations_in_between_is_reported(tmp_path, tiny_run):
+    folder = tmp_path / "base"
+    run_clm.main([*tiny_run, "--do_train", "--do_eval", "--max_steps=1", f"--output_dir={folder}"])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    text = make_report(tmp_path, str(folder))
+    assert f"| {metrics['eval_perplexity']:.2f} |" in text and "There is no picture" in text
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "log.jsonl", "metrics.json"])

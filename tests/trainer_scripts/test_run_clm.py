@@ -172,6 +172,21 @@ def test_what_a_card_cannot_be_made_of_does_not_cost_the_metrics(name, content, 
     assert not (folder / "README.md").exists()
 
 
+def test_blocks_leave_out_the_positions_that_roberta_reserves(tiny_run, tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"max_position_embeddings": 20, "is_decoder": True, "pad_token_id": 1}
+    arguments = [
+        argument for argument in tiny_run if not argument.startswith(("--model_type", "--config_", "--block"))
+    ]
+    arguments += ["--model_type=roberta", f"--config_overrides={json.dumps(sizes)}", "--do_train", "--do_eval"]
+    arguments += ["--max_steps=1", "--save_strategy=no", "--report_to=none"]
+    run_clm.main([*arguments, f"--output_dir={tmp_path / 'out'}"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["block_size"] == 18
+    with pytest.raises(SystemExit):
+        run_clm.main([*arguments, "--block_size=19", f"--output_dir={tmp_path / 'longer'}"])
+    assert "block_size=19 exceeds the 18 positions of the model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lengths, has_mask", [((3, 3), False), ((3, 2), True)])
 def test_only_padded_batches_have_a_mask(tokenizer_folder, lengths, has_mask):
     collator = BlockCollator(AutoTokenizer.from_pretrained(tokenizer_folder))

@@ -207,8 +207,9 @@ def test_published_language_model_is_that_of_its_name(cell, monkeypatch):
     config = run_clm.load_config(model_args, BertVocabulary())
     assert config.model_type == {"grassmann": "grassmann", "transformer": "gpt2"}[cell.model]
     assert (config.num_hidden_layers, config.max_position_embeddings) == (cell.depth, cell.block)
-    assert run_clm.choose_block_size(data_args, config) == cell.block
-    assert build(config).num_parameters() == pytest.approx({6: 12.6e6, 12: 17.4e6}[cell.depth], rel=0.01)
+    model = build(config)
+    assert run_clm.choose_block_size(data_args, model) == cell.block
+    assert model.num_parameters() == pytest.approx({6: 12.6e6, 12: 17.4e6}[cell.depth], rel=0.01)
     if cell.model == "grassmann":
         assert config.norm_placement == "post"
         offsets = [offset for (offset,) in config.layer_offsets]
@@ -304,7 +305,7 @@ def test_jobs_run_side_by_side_without_gpus(fake, out, monkeypatch):
         (["0"], ["--jobs", "2", "--jobs_per_gpu", "2"], ["--jobs", "--jobs_per_gpu"]),
         ([], ["--gpus", "0"], ["no GPU", "--jobs"]),
         ([], ["--jobs_per_gpu", "2"], ["no GPU", "--jobs"]),
-        ([], ["--jobs", "0"], ["--jobs", "at least 1"]),
+        ([], ["--jobs", "0"], ["--jobs", "0 must be an integer of at least 1"]),
     ],
 )
 def test_impossible_slots_are_refused(fake, out, monkeypatch, capsys, available, argv, words):

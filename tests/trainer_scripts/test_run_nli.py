@@ -256,6 +256,7 @@ GRASSMANN = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16,
     [
         ("bert", TINY | {"max_position_embeddings": 20}),
         ("gpt2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}),
+        ("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}),
         ("grassmann", GRASSMANN),
         ("grassmann", GRASSMANN | {"is_causal": False, "max_position_embeddings": None}),
         ("grassmann_plucker", {"head_type": "linear", "backbone_config": {"model_type": "bert", **TINY}}),

@@ -186,6 +186,13 @@ def test_mistakes_end_before_the_training(changes, words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_vocabulary_may_be_smaller_than_the_texts_that_test_causality(tmp_path):
+    task = ["--vocab_size=8", "--num_pairs", "2", "--length=16", "--validation_size=50", "--train_size=50"]
+    model = ["--model_type=stablelm", f"--config_overrides={json.dumps(STABLELM)}"]
+    run_recall.main([*model, *task, *QUIET, "--do_train", "--max_steps=1", f"--output_dir={tmp_path / 'out'}"])
+    assert read(tmp_path / "out", "metrics.json")["parameters"] > 0
+
+
 def test_report_shows_the_figures_of_the_records(learnt, tmp_path):
     overrides = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     other = [*TINY_TASK, *QUIET, "--task=copying", "--do_train", "--max_steps=1", "--train_size=8", "--do_predict"]

@@ -96,11 +96,18 @@ def test_output_folder_that_is_a_file(tmp_path, tiny_run, capsys):
     assert path.read_text() == "mine"
 
 
-def test_encoder_is_not_trained_as_a_causal_model(tmp_path, tiny_run, capsys):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    encoder = ["--model_type=bert", f"--config_overrides={json.dumps(sizes)}"]
-    message = failure([*tiny_run, "--do_train", *encoder], tmp_path / "out", capsys)
-    assert "BertLMHeadModel is not causal" in message
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "name"), [("bert", BERT, "BertLMHeadModel"), ("xlnet", XLNET, "XLNetLMHeadModel")]
+)
+def test_encoder_is_not_trained_as_a_causal_model(model_type, sizes, name, tmp_path, tiny_run, capsys):
+    argv = [argument for argument in tiny_run if not argument.startswith("--block_size")]
+    encoder = [f"--model_type={model_type}", f"--config_overrides={json.dumps(sizes)}"]
+    message = failure([*argv, "--do_train", *encoder], tmp_path / "out", capsys)
+    assert f"{name} is not causal" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in bfloat16")
