@@ -61,6 +61,11 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
     if args.push_to_hub:
+        if not args.do_train:
+            raise UserError(
+                "push_to_hub needs do_train: an evaluation alone leaves no model to publish; publish.py publishes a"
+                " saved one"
+            )
         check_token(args.hub_token)
         if args.hub_token:
             # The Trainer would write it into training_args.bin, and publish that.
@@ -279,7 +284,7 @@ def named_folders(recipe: dict[str, Any]) -> list[str]:
 
 
 def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
-    """Write `metrics.json`, a picture of the training and the model card, and publish the run if it is to be.
+    """Write `metrics.json`; of a training, also draw it, write the model's card, and publish both if that is asked.
 
     Args:
         trainer: the trainer.
@@ -294,6 +299,9 @@ def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
         facts = {"folders": named_folders(read_mapping(folder / "recipe.yaml")), **environment(trainer.args)}
         facts["wall_time_seconds"] = round(time.time() - start, 1)
         write_json(folder / "metrics.json", {**results, **facts})
+        if not trainer.args.do_train:
+            # A card would describe, and load, a model that lies elsewhere.
+            return
         try:
             draw_training_curve(load_run(folder, complete=False), folder / CURVE)
         except UserError as error:

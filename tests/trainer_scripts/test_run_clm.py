@@ -118,6 +118,9 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, tmp_path / "eval"))
     assert after["eval_perplexity"] == pytest.approx(before["eval_perplexity"], rel=1e-6)
     assert "train_loss" not in after
+    # The model lies where it was: nothing here is to be described, or drawn as a training.
+    names = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert names == {"all_results.json", "eval_results.json", "log.jsonl", "metrics.json", "recipe.yaml"}
 
 
 def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, capsys):

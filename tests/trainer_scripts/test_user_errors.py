@@ -113,6 +113,8 @@ def test_nothing_to_do_and_missing_split(tmp_path, tiny_run, capsys):
     assert "do_train" in failure(tiny_run, tmp_path / "out", capsys)
     argv = [argument for argument in tiny_run if "--test_file" not in argument]
     assert "no test data" in failure([*argv, "--do_predict"], tmp_path / "out", capsys)
+    message = failure([*tiny_run, "--do_eval", "--push_to_hub"], tmp_path / "out", capsys)
+    assert "push_to_hub needs do_train" in message and "publish.py" in message
 
 
 def test_placeholder_without_unknown_token(tmp_path, tiny_run, tokenizer_folder, capsys):
