@@ -48,6 +48,8 @@ MEMORY = (
     *("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel"),
     *("memory_conv_size", "gated_mlp"),
 )
+# By what each kernel weighs; the others are kernels of planes.
+KERNELS = {"inner": "the inner product of vectors", "inner_squared": "the squared inner product of vectors"}
 # What only layers of the paper's mixer have.
 PLUCKER = {
     *("num_plucker_heads", "reduced_size", "offsets"),
@@ -294,15 +296,25 @@ def summary(record: Record) -> str:
         return f"A model for {task}{size}."
     if config.model_type == "grassmann":
         kind = "Causal" if config.is_causal else "bidirectional"
-        return (
-            f"A {kind} Grassmann model for {task}{size}: no attention; pairs of tokens are encoded as planes on a"
-            " Grassmann manifold through Plücker coordinates (arXiv 2512.19428), at a cost linear in length."
-        )
+        mixed = f"no attention; {mixing(config)}, at a cost linear in length"
+        return f"A {kind} Grassmann model for {task}{size}: {mixed}."
     if config.model_type == "grassmann_plucker":
         grassmann = config.head_type == "grassmann"
         head = "Grassmann-Plücker head (arXiv 2512.19428)" if grassmann else f"{config.head_type} head"
         return f"A classifier of texts{size}: an encoder with a {head}."
     return f"A `{config.model_type}` model for {task}{size}."
+
+
+def mixing(config: PreTrainedConfig) -> str:
+    """How the layers of a Grassmann model mix tokens."""
+    weight = KERNELS.get(config.memory_kernel, "the similarity of planes on a Grassmann manifold")
+    mixers = {
+        "plucker": "pairs of tokens are encoded as planes on a Grassmann manifold through Plücker coordinates"
+        " (arXiv 2512.19428)",
+        "memory": "memories weigh what a token and all before it wrote by"
+        f" {weight} (the kernel `{config.memory_kernel}`)",
+    }
+    return " in some layers, and in others ".join(mixers[name] for name in mixers if name in config.layer_mixers)
 
 
 def training(record: Record) -> str:

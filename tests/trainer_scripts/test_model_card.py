@@ -8,7 +8,7 @@ import pytest
 from arguments import UserError
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
-from model_card import load_record, main, make_card, write_card
+from model_card import load_record, main, make_card, summary, write_card
 from run_records import MISSING, load_run
 
 
@@ -188,6 +188,29 @@ def test_a_card_says_no_more_of_a_model_than_is_so():
         card = (REPOSITORY / "model_cards" / name / "README.md").read_text(encoding="utf-8")
         assert all(word in card for word in words), name
         assert not [word for word in others if word in card], name
+
+
+PAIRS = "pairs of tokens are encoded as planes"
+PLANES = "the similarity of planes on a Grassmann manifold"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words", "others"),
+    [
+        ({}, [PAIRS, "Plücker coordinates"], ["memories", "kernel", "in some layers"]),
+        ({"mixer_types": "memory"}, ["memories", PLANES, "`binet_cauchy`"], [PAIRS, "Plücker", "in some layers"]),
+        ({"mixer_types": "memory", "memory_kernel": "projection"}, [PLANES, "`projection`"], [PAIRS]),
+        ({"mixer_types": "memory", "memory_kernel": "inner"}, ["the inner product of vectors"], ["planes"]),
+        ({"mixer_types": "memory", "memory_kernel": "inner_squared"}, ["the squared inner product"], ["planes"]),
+        ({"mixer_types": [*["memory"] * 5, "plucker"]}, [PAIRS, "in some layers", "memories", PLANES], []),
+    ],
+)
+def test_a_card_says_what_the_layers_mix_tokens_with(overrides, words, others, run):
+    overrides = {"norm_placement": "pre", **overrides}
+    (run / "recipe.yaml").write_text(json.dumps({"model_type": "grassmann", "config_overrides": overrides}))
+    text = summary(load_record(run))
+    assert all(word in text for word in ["Causal Grassmann", "no attention", "linear in length", *words]), text
+    assert not [word for word in others if word in text], text
 
 
 def test_the_command_writes_the_cards_and_names_a_folder_that_is_no_run(run, tmp_path, capsys):
