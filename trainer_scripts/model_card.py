@@ -17,14 +17,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 import yaml
 from arguments import UserError, exits_on_user_error
 from checkpoints import write_atomically
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from models import find_folder
+from models import MODEL_ERRORS, find_folder, text_config
+from positions import position_limit
 from run_records import MISSING, PREFIXES, RecordsParser, Run, load_run, parse_json, read, table_head
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -373,6 +375,32 @@ def architecture(record: Record) -> str:
     return "\n".join(["| field | value |", "| --- | --- |", *rows])
 
 
+def learned_positions(record: Record) -> int | None:
+    """Tokens after which a learned position table ends; None if there is none, or the files do not tell.
+
+    Models with other positions may read badly beyond `max_position_embeddings`, but they do read.
+    """
+    config = record.config
+    if config is None or (hasattr(config, "backbone_config") and not record.saved_config):
+        return None
+    config = text_config(config)
+    if getattr(config, "max_position_embeddings", None) is None:
+        return None
+    try:
+        # The model tells, without its weights.
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+        limit = position_limit(model)
+    except (*MODEL_ERRORS, AssertionError, AttributeError, ImportError, LookupError, TypeError):
+        # A type of another package, or fields that do not fit each other.
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and re.search(r"(pos[^.]*|wpe)$", name):
+            # Positions that start after the padding token's id depend on a tokenizer that may not be here.
+            return limit if record.saved_config or module.padding_idx is None else None
+    return None
+
+
 def limits(record: Record) -> str:
     config, lines = record.config, []
     if record.task == "text-generation" and config is not None and config.model_type == "grassmann":
@@ -381,10 +409,7 @@ def limits(record: Record) -> str:
         if "memory" in config.layer_mixers:
             line = "- The past is kept in a state of constant size: it cannot recall all of a long text exactly."
         lines.append(line)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None and hasattr(config, "backbone_config") and record.saved_config:
-        positions = getattr(config.backbone_config, "max_position_embeddings", None)
-    if positions is not None:
+    if (positions := learned_positions(record)) is not None:
         lines.append(f"- It takes no text of more than {positions} tokens.")
     if record.task == "text-classification":
         lines.append("- It always answers with one of its classes, also where none applies.")
