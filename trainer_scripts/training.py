@@ -98,11 +98,12 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         UserError: if the named folder is not a complete checkpoint, if a new run would mix its checkpoints with those
             of an earlier one, or if an evaluation alone would replace the record of another run.
     """
+    found = checkpoints(args.output_dir)
     if not args.do_train:
-        if os.path.exists(os.path.join(args.output_dir, "metrics.json")):
+        # A run that was interrupted has checkpoints and no metrics.
+        if found or os.path.exists(os.path.join(args.output_dir, "metrics.json")):
             raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
         return None
-    found = checkpoints(args.output_dir)
     resume = str(args.resume_from_checkpoint or "false")
     if resume.lower() == "false":
         if found:

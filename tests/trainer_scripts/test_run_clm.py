@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from itertools import chain
 
 import pytest
@@ -123,11 +124,18 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
     assert names == {"all_results.json", "eval_results.json", "log.jsonl", "metrics.json", "recipe.yaml"}
 
 
-def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, capsys):
+def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, tmp_path, capsys):
     argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
-    with pytest.raises(SystemExit):
-        run_clm.main([*argv, "--use_cpu", f"--output_dir={trained}"])
-    assert "another run" in capsys.readouterr().err
+    # One that was interrupted has no metrics yet.
+    interrupted = shutil.copytree(trained, tmp_path / "interrupted")
+    (interrupted / "metrics.json").unlink()
+    records = [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")]
+    for folder in (trained, interrupted):
+        with pytest.raises(SystemExit) as exit:
+            run_clm.main([*argv, "--use_cpu", f"--output_dir={folder}"])
+        assert exit.value.code == 2
+        assert f"output_dir={folder} holds the record of another run" in capsys.readouterr().err
+    assert [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
 
 
 @pytest.mark.parametrize(("keep_last", "lengths"), [(False, [4, 4]), (True, [4, 4, 3])])
