@@ -13,6 +13,8 @@ import transformers
 import yaml
 from arguments import UserError, resolve
 from checkpoints import (
+    KeepBest,
+    best_checkpoint,
     checkpoints,
     is_complete,
     is_of_fsdp,
@@ -160,7 +162,7 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
     ended; the Trainer itself would train for one more step. Returns whether it is.
 
     Raises:
-        UserError: if it is, under FSDP, which can evaluate only what it trained.
+        UserError: if it is, under FSDP, which can evaluate only what it trained, or without its best checkpoint.
     """
     args, state = trainer.args, TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     steps = args.max_steps
@@ -171,8 +173,14 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
         return False
     if trainer.is_fsdp_enabled:
         raise UserError(f"the run is complete: {state.global_step} steps were trained; under FSDP it is not repeated")
-    best = state.best_model_checkpoint if args.load_best_model_at_end else None
-    saved = type(trainer.model).from_pretrained(best or checkpoint)
+    best = best_checkpoint(checkpoint)
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None and best is None:
+        raise UserError(
+            f"the best checkpoint of the run, {state.best_model_checkpoint}, is neither there nor beside {checkpoint}:"
+            " put it back, or pass load_best_model_at_end=false for the model of the last step"
+        )
+    state.best_model_checkpoint = best
+    saved = type(trainer.model).from_pretrained((args.load_best_model_at_end and best) or checkpoint)
     trainer.model.load_state_dict(saved.state_dict())
     trainer.state = state
     logger.info("The run is complete: %d steps were trained before", state.global_step)
@@ -250,6 +258,8 @@ def train(
         other = "with" if is_of_fsdp(resumed) else "without"
         raise UserError(f"{resumed} was written {other} FSDP: resume it {other} FSDP")
     finished = resumed is not None and restore_finished(trainer, resumed)
+    if resumed:
+        trainer.add_callback(KeepBest(resumed))
     metrics = {} if finished else trainer.train(resume_from_checkpoint=resumed).metrics
     if use_cache is not None:
         trainer.model.config.use_cache = use_cache
