@@ -1,10 +1,13 @@
 """What the training scripts have in common around the Trainer: checks, resuming, and the records of a run."""
 
+import copy
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,31 @@ from models import find_folder
 from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+# What numbers may be, in words and as a test, and which arguments hold such.
+NUMBERS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
+    (
+        "at least 1",
+        lambda number: number >= 1,
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("eval_accumulation_steps", "dataloader_prefetch_factor"),
+        ),
+    ),
+    ("at least 0", lambda number: number >= 0, ("dataloader_num_workers",)),
+    (
+        "at least 0 and finite",
+        lambda number: 0 <= number < math.inf,
+        ("learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha"),
+    ),
+    ("at least 0 and less than 1", lambda number: 0 <= number < 1, ("adam_beta1", "adam_beta2")),
+    ("from 0 to 2**32 - 1", lambda number: 0 <= number < 2**32, ("seed",)),
+]
 
 
 def wanted_splits(args: TrainingArguments) -> list[str]:
@@ -72,11 +96,15 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
         if args.hub_token:
             # The Trainer would write it into training_args.bin, and publish that.
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name}={getattr(args, name)} must be at least 1")
-    if args.max_steps <= 0 and not args.num_train_epochs > 0:
-        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0")
+    for allowed, is_allowed, names in NUMBERS:
+        for name in names:
+            number = getattr(args, name)
+            if number is not None and not is_allowed(number):
+                raise UserError(f"{name}={number} must be {allowed}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0 and finite")
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise UserError("dataloader_persistent_workers needs a dataloader_num_workers of at least 1")
     metric = args.metric_for_best_model
     if metric is not None:
         if metric.removeprefix("eval_") not in metrics:
@@ -220,13 +248,48 @@ def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
         UserError: if the Trainer cannot be made, such as for want of a package that `report_to` or `optim` needs, or
             cannot do what is asked.
     """
+    args, is_new = options["args"], not os.path.isdir(options["args"].output_dir)
     try:
         trainer = trainer_class(**options)
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot set up the training: {error}") from error
-    if trainer.accelerator.is_fsdp2 and not trainer.args.do_train:
-        raise UserError("FSDP2 needs do_train: evaluate a model with one process, or with DDP")
+    try:
+        if trainer.accelerator.is_fsdp2 and not args.do_train:
+            raise UserError("FSDP2 needs do_train: evaluate a model with one process, or with DDP")
+        # DeepSpeed has optimizers of its own.
+        if args.do_train and not trainer.is_deepspeed_enabled:
+            check_optimizer(trainer)
+    except UserError:
+        # The Trainer made it, and nothing in it.
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(args.output_dir)
+        raise
     return trainer
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: if the optimizer or the schedule that the Trainer will make when it trains cannot be made.
+    """
+    args = trainer.args
+    # For a copy without weights: some optimizers leave hooks on the parameters that they are made for.
+    copies: dict[int, Any] = {id(x): x.to("meta") for x in trainer.model.buffers()}
+    for x in trainer.model.parameters():
+        copies[id(x)] = nn.Parameter(x.detach().to("meta"), x.requires_grad)
+    model = copy.deepcopy(trainer.model, copies)
+    # Of all packages that make them, each has errors of its own.
+    try:
+        optimizer = trainer.create_optimizer(model)
+    except Exception as error:
+        raise UserError(f"cannot set up optim={args.optim.value}: {error}") from error
+    try:
+        trainer.create_scheduler(max(args.max_steps, 1), optimizer)
+    except Exception as error:
+        kwargs = f" with lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        raise UserError(f"cannot set up lr_scheduler_type={args.lr_scheduler_type.value}{kwargs}: {error}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def write_recipe(trainer: Trainer, argument_types: tuple[type, ...], argv: list[str] | None) -> None:

@@ -9,7 +9,8 @@ import torch
 import yaml
 from checkpoints import is_complete
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_blocks, load_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from training import RunTrainer, check_optimizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, TrainingArguments
 
 
 def independent_perplexity(folder, path, block_size):
@@ -201,3 +202,28 @@ def test_a_decoding_state_is_no_prediction_even_if_the_configuration_does_not_sa
     run_clm.main([*arguments, "--report_to=none", f"--output_dir={tmp_path}"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_tokens"] > 0 and metrics["test_tokens"] > 0
+
+
+class HookedTrainer(RunTrainer):
+    """Its optimizer leaves hooks on the parameters, as LOMO and layerwise ones do."""
+
+    def create_optimizer(self, model=None):
+        for parameter in (model or self.model).parameters():
+            parameter.register_hook(lambda gradient: gradient)
+        return super().create_optimizer(model)
+
+
+def test_an_optimizer_that_is_made_to_try_it_leaves_no_trace(tmp_path):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**sizes))
+    args = TrainingArguments(str(tmp_path / "out"), do_train=True, use_cpu=True, report_to="none")
+    trainer = RunTrainer(model, args)
+    state = torch.get_rng_state()
+    check_optimizer(trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.optimizer is None and trainer.lr_scheduler is None
+
+    trainer = HookedTrainer(model, args)
+    check_optimizer(trainer)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
