@@ -82,7 +82,8 @@ def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tup
         argv: the arguments without the script's name. Defaults to `sys.argv[1:]`.
 
     Raises:
-        UserError: if the recipe is missing or not a mapping, a name is unknown, or a value has the wrong type.
+        UserError: if the recipe is missing or not a mapping, a name is unknown, a value has the wrong type, or a file
+            or a package is missing that it needs.
     """
     parser, hints, flags = _prepare(dataclass_types, argv)
     # First of all, as a misspelled name is often the reason why another one seems to be missing.
@@ -94,7 +95,9 @@ def parse(dataclass_types: Iterable[type], argv: list[str] | None = None) -> tup
         raise UserError(f"unknown argument {unknown[0]}: {closest(name, hints)}")
     try:
         return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    except (TypeError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(f"an argument needs a package that is not installed: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
 
 

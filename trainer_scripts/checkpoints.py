@@ -54,6 +54,19 @@ def is_complete(folder: str | os.PathLike) -> bool:
         return False
 
 
+def best_checkpoint(folder: str | os.PathLike) -> str | None:
+    """Folder of the best checkpoint, as the complete checkpoint `folder` knows it; None if there is none.
+
+    The state names it with the path that the run had then. One of that name beside `folder` counts before it, so that
+    a run can be moved, or copied.
+    """
+    best = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
+    if best is None:
+        return None
+    beside = Path(folder).parent / Path(best).name
+    return next((str(path) for path in (beside, best) if os.path.isdir(path)), None)
+
+
 def is_of_fsdp(folder: str | os.PathLike) -> bool:
     """Whether the checkpoint was written under FSDP, which alone can resume it."""
     return any((Path(folder) / name).exists() for name in (FSDP_SHARDS, FSDP_WEIGHTS))
@@ -112,6 +125,20 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+class KeepBest(TrainerCallback):
+    """Of a run that is resumed in another folder, the best checkpoint so far, which the Trainer takes for gone.
+
+    Args:
+        resumed: the checkpoint that it is resumed from.
+    """
+
+    def __init__(self, resumed: str):
+        self.resumed = resumed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = best_checkpoint(self.resumed)
 
 
 class RunLog(TrainerCallback):

@@ -17,14 +17,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 import yaml
 from arguments import UserError, exits_on_user_error
 from checkpoints import write_atomically
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from models import find_folder
+from models import MODEL_ERRORS, find_folder, text_config
+from positions import position_limit
 from run_records import MISSING, PREFIXES, RecordsParser, Run, load_run, parse_json, read, table_head
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,6 +50,8 @@ MEMORY = (
     *("mixer_types", "num_memory_heads", "memory_reduced_size", "memory_value_size", "memory_kernel"),
     *("memory_conv_size", "gated_mlp"),
 )
+# By what each kernel weighs; the others are kernels of planes.
+KERNELS = {"inner": "the inner product of vectors", "inner_squared": "the squared inner product of vectors"}
 # What only layers of the paper's mixer have.
 PLUCKER = {
     *("num_plucker_heads", "reduced_size", "offsets"),
@@ -294,15 +298,25 @@ def summary(record: Record) -> str:
         return f"A model for {task}{size}."
     if config.model_type == "grassmann":
         kind = "Causal" if config.is_causal else "bidirectional"
-        return (
-            f"A {kind} Grassmann model for {task}{size}: no attention; pairs of tokens are encoded as planes on a"
-            " Grassmann manifold through Plücker coordinates (arXiv 2512.19428), at a cost linear in length."
-        )
+        mixed = f"no attention; {mixing(config)}, at a cost linear in length"
+        return f"A {kind} Grassmann model for {task}{size}: {mixed}."
     if config.model_type == "grassmann_plucker":
         grassmann = config.head_type == "grassmann"
         head = "Grassmann-Plücker head (arXiv 2512.19428)" if grassmann else f"{config.head_type} head"
         return f"A classifier of texts{size}: an encoder with a {head}."
     return f"A `{config.model_type}` model for {task}{size}."
+
+
+def mixing(config: PreTrainedConfig) -> str:
+    """How the layers of a Grassmann model mix tokens."""
+    weight = KERNELS.get(config.memory_kernel, "the similarity of planes on a Grassmann manifold")
+    mixers = {
+        "plucker": "pairs of tokens are encoded as planes on a Grassmann manifold through Plücker coordinates"
+        " (arXiv 2512.19428)",
+        "memory": "memories weigh what a token and all before it wrote by"
+        f" {weight} (the kernel `{config.memory_kernel}`)",
+    }
+    return " in some layers, and in others ".join(mixers[name] for name in mixers if name in config.layer_mixers)
 
 
 def training(record: Record) -> str:
@@ -361,6 +375,32 @@ def architecture(record: Record) -> str:
     return "\n".join(["| field | value |", "| --- | --- |", *rows])
 
 
+def learned_positions(record: Record) -> int | None:
+    """Tokens after which a learned position table ends; None if there is none, or the files do not tell.
+
+    Models with other positions may read badly beyond `max_position_embeddings`, but they do read.
+    """
+    config = record.config
+    if config is None or (hasattr(config, "backbone_config") and not record.saved_config):
+        return None
+    config = text_config(config)
+    if getattr(config, "max_position_embeddings", None) is None:
+        return None
+    try:
+        # The model tells, without its weights.
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+        limit = position_limit(model)
+    except (*MODEL_ERRORS, AssertionError, AttributeError, ImportError, LookupError, TypeError):
+        # A type of another package, or fields that do not fit each other.
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and re.search(r"(pos[^.]*|wpe)$", name):
+            # Positions that start after the padding token's id depend on a tokenizer that may not be here.
+            return limit if record.saved_config or module.padding_idx is None else None
+    return None
+
+
 def limits(record: Record) -> str:
     config, lines = record.config, []
     if record.task == "text-generation" and config is not None and config.model_type == "grassmann":
@@ -369,10 +409,7 @@ def limits(record: Record) -> str:
         if "memory" in config.layer_mixers:
             line = "- The past is kept in a state of constant size: it cannot recall all of a long text exactly."
         lines.append(line)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None and hasattr(config, "backbone_config") and record.saved_config:
-        positions = getattr(config.backbone_config, "max_position_embeddings", None)
-    if positions is not None:
+    if (positions := learned_positions(record)) is not None:
         lines.append(f"- It takes no text of more than {positions} tokens.")
     if record.task == "text-classification":
         lines.append("- It always answers with one of its classes, also where none applies.")

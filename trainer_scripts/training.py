@@ -1,10 +1,13 @@
 """What the training scripts have in common around the Trainer: checks, resuming, and the records of a run."""
 
+import copy
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import transformers
 import yaml
 from arguments import UserError, resolve
 from checkpoints import (
+    KeepBest,
+    best_checkpoint,
     checkpoints,
     is_complete,
     is_of_fsdp,
@@ -27,12 +32,33 @@ from models import find_folder
 from publish import make_folder, upload
 from records import best_epoch, environment, mean_logged_loss
 from run_records import load_run
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from modeling_grassmann.cache_grassmann import CACHE_NAMES
 
 
 logger = logging.getLogger(__name__)
+
+# What numbers may be, in words and as a test, and which arguments hold such.
+NUMBERS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
+    (
+        "at least 1",
+        lambda number: number >= 1,
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("eval_accumulation_steps", "dataloader_prefetch_factor"),
+        ),
+    ),
+    ("at least 0", lambda number: number >= 0, ("dataloader_num_workers",)),
+    (
+        "at least 0 and finite",
+        lambda number: 0 <= number < math.inf,
+        ("learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha"),
+    ),
+    ("at least 0 and less than 1", lambda number: 0 <= number < 1, ("adam_beta1", "adam_beta2")),
+    ("from 0 to 2**32 - 1", lambda number: 0 <= number < 2**32, ("seed",)),
+]
 
 
 def wanted_splits(args: TrainingArguments) -> list[str]:
@@ -63,15 +89,24 @@ def check_training_arguments(args: TrainingArguments, metrics: dict[str, bool]) 
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output_dir={args.output_dir} cannot be written: {folder} is not a folder, or not writable")
     if args.push_to_hub:
+        if not args.do_train:
+            raise UserError(
+                "push_to_hub needs do_train: an evaluation alone leaves no model to publish; publish.py publishes a"
+                " saved one"
+            )
         check_token(args.hub_token)
         if args.hub_token:
             # The Trainer would write it into training_args.bin, and publish that.
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name}={getattr(args, name)} must be at least 1")
-    if args.max_steps <= 0 and not args.num_train_epochs > 0:
-        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0")
+    for allowed, is_allowed, names in NUMBERS:
+        for name in names:
+            number = getattr(args, name)
+            if number is not None and not is_allowed(number):
+                raise UserError(f"{name}={number} must be {allowed}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be more than 0 and finite")
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise UserError("dataloader_persistent_workers needs a dataloader_num_workers of at least 1")
     metric = args.metric_for_best_model
     if metric is not None:
         if metric.removeprefix("eval_") not in metrics:
@@ -95,11 +130,12 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         UserError: if the named folder is not a complete checkpoint, if a new run would mix its checkpoints with those
             of an earlier one, or if an evaluation alone would replace the record of another run.
     """
+    found = checkpoints(args.output_dir)
     if not args.do_train:
-        if os.path.exists(os.path.join(args.output_dir, "metrics.json")):
+        # A run that was interrupted has checkpoints and no metrics.
+        if found or os.path.exists(os.path.join(args.output_dir, "metrics.json")):
             raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
         return None
-    found = checkpoints(args.output_dir)
     resume = str(args.resume_from_checkpoint or "false")
     if resume.lower() == "false":
         if found:
@@ -156,7 +192,7 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
     ended; the Trainer itself would train for one more step. Returns whether it is.
 
     Raises:
-        UserError: if it is, under FSDP, which can evaluate only what it trained.
+        UserError: if it is, under FSDP, which can evaluate only what it trained, or without its best checkpoint.
     """
     args, state = trainer.args, TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     steps = args.max_steps
@@ -167,8 +203,14 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
         return False
     if trainer.is_fsdp_enabled:
         raise UserError(f"the run is complete: {state.global_step} steps were trained; under FSDP it is not repeated")
-    best = state.best_model_checkpoint if args.load_best_model_at_end else None
-    saved = type(trainer.model).from_pretrained(best or checkpoint)
+    best = best_checkpoint(checkpoint)
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None and best is None:
+        raise UserError(
+            f"the best checkpoint of the run, {state.best_model_checkpoint}, is neither there nor beside {checkpoint}:"
+            " put it back, or pass load_best_model_at_end=false for the model of the last step"
+        )
+    state.best_model_checkpoint = best
+    saved = type(trainer.model).from_pretrained((args.load_best_model_at_end and best) or checkpoint)
     trainer.model.load_state_dict(saved.state_dict())
     trainer.state = state
     logger.info("The run is complete: %d steps were trained before", state.global_step)
@@ -208,13 +250,48 @@ def make_trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
         UserError: if the Trainer cannot be made, such as for want of a package that `report_to` or `optim` needs, or
             cannot do what is asked.
     """
+    args, is_new = options["args"], not os.path.isdir(options["args"].output_dir)
     try:
         trainer = trainer_class(**options)
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot set up the training: {error}") from error
-    if trainer.accelerator.is_fsdp2 and not trainer.args.do_train:
-        raise UserError("FSDP2 needs do_train: evaluate a model with one process, or with DDP")
+    try:
+        if trainer.accelerator.is_fsdp2 and not args.do_train:
+            raise UserError("FSDP2 needs do_train: evaluate a model with one process, or with DDP")
+        # DeepSpeed has optimizers of its own.
+        if args.do_train and not trainer.is_deepspeed_enabled:
+            check_optimizer(trainer)
+    except UserError:
+        # The Trainer made it, and nothing in it.
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(args.output_dir)
+        raise
     return trainer
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: if the optimizer or the schedule that the Trainer will make when it trains cannot be made.
+    """
+    args = trainer.args
+    # For a copy without weights: some optimizers leave hooks on the parameters that they are made for.
+    copies: dict[int, Any] = {id(x): x.to("meta") for x in trainer.model.buffers()}
+    for x in trainer.model.parameters():
+        copies[id(x)] = nn.Parameter(x.detach().to("meta"), x.requires_grad)
+    model = copy.deepcopy(trainer.model, copies)
+    # Of all packages that make them, each has errors of its own.
+    try:
+        optimizer = trainer.create_optimizer(model)
+    except Exception as error:
+        raise UserError(f"cannot set up optim={args.optim.value}: {error}") from error
+    try:
+        trainer.create_scheduler(max(args.max_steps, 1), optimizer)
+    except Exception as error:
+        kwargs = f" with lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        raise UserError(f"cannot set up lr_scheduler_type={args.lr_scheduler_type.value}{kwargs}: {error}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def write_recipe(trainer: Trainer, argument_types: tuple[type, ...], argv: list[str] | None) -> None:
@@ -246,6 +323,8 @@ def train(
         other = "with" if is_of_fsdp(resumed) else "without"
         raise UserError(f"{resumed} was written {other} FSDP: resume it {other} FSDP")
     finished = resumed is not None and restore_finished(trainer, resumed)
+    if resumed:
+        trainer.add_callback(KeepBest(resumed))
     metrics = {} if finished else trainer.train(resume_from_checkpoint=resumed).metrics
     if use_cache is not None:
         trainer.model.config.use_cache = use_cache
@@ -281,7 +360,7 @@ def named_folders(recipe: dict[str, Any]) -> list[str]:
 
 
 def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
-    """Write `metrics.json`, a picture of the training and the model card, and publish the run if it is to be.
+    """Write `metrics.json`; of a training, also draw it, write the model's card, and publish both if that is asked.
 
     Args:
         trainer: the trainer.
@@ -296,6 +375,9 @@ def finish(trainer: Trainer, results: dict[str, Any], start: float) -> None:
         facts = {"folders": named_folders(read_mapping(folder / "recipe.yaml")), **environment(trainer.args)}
         facts["wall_time_seconds"] = round(time.time() - start, 1)
         write_json(folder / "metrics.json", {**results, **facts})
+        if not trainer.args.do_train:
+            # A card would describe, and load, a model that lies elsewhere.
+            return
         try:
             draw_training_curve(load_run(folder, complete=False), folder / CURVE)
         except UserError as error:

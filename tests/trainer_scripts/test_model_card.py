@@ -8,8 +8,9 @@ import pytest
 from arguments import UserError
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
-from model_card import load_record, main, make_card, write_card
+from model_card import load_record, main, make_card, summary, write_card
 from run_records import MISSING, load_run
+from transformers import AutoConfig
 
 
 RECORDED = sorted(path.parent for path in (REPOSITORY / "model_cards").rglob("metrics.json"))
@@ -188,6 +189,71 @@ def test_a_card_says_no_more_of_a_model_than_is_so():
         card = (REPOSITORY / "model_cards" / name / "README.md").read_text(encoding="utf-8")
         assert all(word in card for word in words), name
         assert not [word for word in others if word in card], name
+
+
+PAIRS = "pairs of tokens are encoded as planes"
+PLANES = "the similarity of planes on a Grassmann manifold"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words", "others"),
+    [
+        ({}, [PAIRS, "Plücker coordinates"], ["memories", "kernel", "in some layers"]),
+        ({"mixer_types": "memory"}, ["memories", PLANES, "`binet_cauchy`"], [PAIRS, "Plücker", "in some layers"]),
+        ({"mixer_types": "memory", "memory_kernel": "projection"}, [PLANES, "`projection`"], [PAIRS]),
+        ({"mixer_types": "memory", "memory_kernel": "inner"}, ["the inner product of vectors"], ["planes"]),
+        ({"mixer_types": "memory", "memory_kernel": "inner_squared"}, ["the squared inner product"], ["planes"]),
+        ({"mixer_types": [*["memory"] * 5, "plucker"]}, [PAIRS, "in some layers", "memories", PLANES], []),
+    ],
+)
+def test_a_card_says_what_the_layers_mix_tokens_with(overrides, words, others, run):
+    overrides = {"norm_placement": "pre", **overrides}
+    (run / "recipe.yaml").write_text(json.dumps({"model_type": "grassmann", "config_overrides": overrides}))
+    text = summary(load_record(run))
+    assert all(word in text for word in ["Causal Grassmann", "no attention", "linear in length", *words]), text
+    assert not [word for word in others if word in text], text
+
+
+ENCODER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (AutoConfig.for_model("gpt2", n_positions=32), 32),
+        (AutoConfig.for_model("grassmann", max_position_embeddings=32), 32),
+        (AutoConfig.for_model("grassmann", max_position_embeddings=None), None),
+        (AutoConfig.for_model("bert", max_position_embeddings=32, **ENCODER), 32),
+        # They count positions from the one after that of padding.
+        (AutoConfig.for_model("roberta", max_position_embeddings=34, pad_token_id=1, **ENCODER), 32),
+        # Rotary positions and those of a recurrence have no table.
+        *[
+            (AutoConfig.for_model(name, max_position_embeddings=32, vocab_size=9, pad_token_id=0, **ENCODER), None)
+            for name in ("gpt_neox", "llama", "stablelm", "modernbert")
+        ],
+        (AutoConfig.for_model("jamba", max_position_embeddings=32, vocab_size=9, **ENCODER), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_a_card_says_how_long_a_text_may_be_where_a_position_table_ends(config, limit, run):
+    sentence = f"It takes no text of more than {limit} tokens."
+    models = [config]
+    if config.model_type in ("bert", "roberta"):
+        models.append(AutoConfig.for_model("grassmann_plucker", backbone_config=config.to_dict()))
+    for model in models:
+        (run / "config.json").write_text(json.dumps(model.to_dict()))
+        text = section(make_card(load_record(run)), "Limits")
+        assert sentence in text if limit else "tokens." not in text, text
+
+
+def test_a_card_claims_no_length_that_the_files_do_not_tell(run):
+    # The tokenizer decides where its positions start.
+    (run / "recipe.yaml").write_text("model_type: roberta\n")
+    assert "takes no text" not in section(make_card(load_record(run)), "Limits")
+    # A package that is not imported here knows its positions.
+    (run / "config.json").write_text('{"model_type": "other", "max_position_embeddings": 32}')
+    (run / "recipe.yaml").write_text("import_packages: [other]\n")
+    assert "takes no text" not in section(make_card(load_record(run)), "Limits")
 
 
 def test_the_command_writes_the_cards_and_names_a_folder_that_is_no_run(run, tmp_path, capsys):

@@ -142,6 +142,46 @@ def test_finished_run_stays_as_it_is(uninterrupted, tmp_path, tiny_run):
     assert weights[0] == weights[1]
 
 
+def moved_run(uninterrupted, folder):
+    """A copy of the run, whose best checkpoint is the older one of its two, at a path that is no longer there."""
+    shutil.copytree(uninterrupted, folder)
+    newest, best = checkpoints(folder)
+    for saved in (newest, best):
+        path = Path(saved) / "trainer_state.json"
+        state = json.loads(path.read_text())
+        # No later loss is less.
+        state |= {"best_model_checkpoint": f"gone/{Path(best).name}", "best_metric": -1.0}
+        path.write_text(json.dumps(state))
+    return newest, best
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_run_whose_folder_was_moved_ends_with_its_best_checkpoint(finished, uninterrupted, tmp_path, tiny_run):
+    newest, best = moved_run(uninterrupted, tmp_path / "out")
+    expected = Path(best, "model.safetensors").read_bytes()
+    assert Path(newest, "model.safetensors").read_bytes() != expected
+    if not finished:
+        shutil.rmtree(newest)
+    argv = [*tiny_run, *SCHEDULE, "--load_best_model_at_end", f"--output_dir={tmp_path / 'out'}"]
+    run_clm.main([*argv, "--resume_from_checkpoint=true"])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best
+    assert checkpoints(tmp_path / "out") == [newest, best]
+
+
+def test_finished_run_without_its_best_checkpoint_is_refused(uninterrupted, tmp_path, tiny_run, capsys):
+    newest, best = moved_run(uninterrupted, tmp_path / "out")
+    shutil.rmtree(best)
+    argv = [*tiny_run, *SCHEDULE, f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=true"]
+    with pytest.raises(SystemExit) as exit:
+        run_clm.main([*argv, "--load_best_model_at_end"])
+    assert exit.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in line for word in ["error: ", f"gone/{Path(best).name}", newest, "load_best_model_at_end=false"])
+    run_clm.main(argv)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

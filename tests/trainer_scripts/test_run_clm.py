@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from itertools import chain
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import yaml
 from checkpoints import is_complete
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_blocks, load_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from training import RunTrainer, check_optimizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, TrainingArguments
 
 
 def independent_perplexity(folder, path, block_size):
@@ -118,13 +120,23 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, tmp_path / "eval"))
     assert after["eval_perplexity"] == pytest.approx(before["eval_perplexity"], rel=1e-6)
     assert "train_loss" not in after
+    # The model lies where it was: nothing here is to be described, or drawn as a training.
+    names = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert names == {"all_results.json", "eval_results.json", "log.jsonl", "metrics.json", "recipe.yaml"}
 
 
-def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, capsys):
+def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, tmp_path, capsys):
     argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
-    with pytest.raises(SystemExit):
-        run_clm.main([*argv, "--use_cpu", f"--output_dir={trained}"])
-    assert "another run" in capsys.readouterr().err
+    # One that was interrupted has no metrics yet.
+    interrupted = shutil.copytree(trained, tmp_path / "interrupted")
+    (interrupted / "metrics.json").unlink()
+    records = [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")]
+    for folder in (trained, interrupted):
+        with pytest.raises(SystemExit) as exit:
+            run_clm.main([*argv, "--use_cpu", f"--output_dir={folder}"])
+        assert exit.value.code == 2
+        assert f"output_dir={folder} holds the record of another run" in capsys.readouterr().err
+    assert [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
 
 
 @pytest.mark.parametrize(("keep_last", "lengths"), [(False, [4, 4]), (True, [4, 4, 3])])
@@ -205,3 +217,28 @@ def test_a_decoding_state_is_no_prediction_even_if_the_configuration_does_not_sa
     run_clm.main([*arguments, "--report_to=none", f"--output_dir={tmp_path}"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_tokens"] > 0 and metrics["test_tokens"] > 0
+
+
+class HookedTrainer(RunTrainer):
+    """Its optimizer leaves hooks on the parameters, as LOMO and layerwise ones do."""
+
+    def create_optimizer(self, model=None):
+        for parameter in (model or self.model).parameters():
+            parameter.register_hook(lambda gradient: gradient)
+        return super().create_optimizer(model)
+
+
+def test_an_optimizer_that_is_made_to_try_it_leaves_no_trace(tmp_path):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**sizes))
+    args = TrainingArguments(str(tmp_path / "out"), do_train=True, use_cpu=True, report_to="none")
+    trainer = RunTrainer(model, args)
+    state = torch.get_rng_state()
+    check_optimizer(trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.optimizer is None and trainer.lr_scheduler is None
+
+    trainer = HookedTrainer(model, args)
+    check_optimizer(trainer)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """Every mistake ends before training starts: one line on stderr, exit code 2, and no output folder."""
 
+import importlib.util
 import json
 
 import datasets
@@ -80,11 +81,48 @@ def test_unusable_data_file(name, content, words, tmp_path, tiny_run, capsys):
         (["--metric_for_best_model=accuracy"], ["metric_for_best_model=accuracy", "perplexity"]),
         (["--report_to=mlflow"], ["cannot set up the training", "mlflow"]),
         (["--load_best_model_at_end", "--eval_strategy=epoch", "--save_strategy=steps"], ["load_best_model_at_end"]),
+        (["--num_train_epochs=inf"], ["num_train_epochs=inf", "finite"]),
+        (["--learning_rate=-1"], ["learning_rate=-1.0", "at least 0"]),
+        (["--learning_rate=nan"], ["learning_rate=nan", "at least 0"]),
+        (["--weight_decay=-1"], ["weight_decay=-1.0", "at least 0"]),
+        (["--adam_beta2=1.5"], ["adam_beta2=1.5", "less than 1"]),
+        (["--dataloader_num_workers=-1"], ["dataloader_num_workers=-1", "at least 0"]),
+        (["--dataloader_persistent_workers"], ["dataloader_persistent_workers", "dataloader_num_workers"]),
+        (["--dataloader_num_workers=1", "--dataloader_prefetch_factor=0"], ["dataloader_prefetch_factor=0"]),
+        (["--eval_accumulation_steps=0"], ["eval_accumulation_steps=0", "at least 1"]),
+        (["--seed=-1"], ["seed=-1", "from 0 to 2**32 - 1"]),
+        (["--lr_scheduler_type=cosine_with_min_lr"], ["lr_scheduler_type=cosine_with_min_lr", "min_lr"]),
+        (['--lr_scheduler_kwargs={"foo": 1}'], ["lr_scheduler_type=linear", "lr_scheduler_kwargs={'foo': 1}"]),
+        (["--optim_args=foo"], ["cannot set up optim=adamw"]),
+        (["--accelerator_config=nowhere.json"], ["nowhere.json"]),
+        (["--neftune_noise_alpha=-1"], ["neftune_noise_alpha=-1.0", "at least 0"]),
     ],
 )
 def test_impossible_arguments(changes, words, tmp_path, tiny_run, capsys):
     message = failure([*tiny_run, "--do_train", *changes], tmp_path / "out", capsys)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("package", "changes", "words"),
+    [
+        ("bitsandbytes", ["--optim=adamw_8bit"], ["optim=adamw_8bit", "bitsandbytes"]),
+        ("galore_torch", ["--optim=galore_adamw"], ["optim=galore_adamw", "galore"]),
+        ("galore_torch", ["--optim=galore_adamw_layerwise"], ["optim=galore_adamw_layerwise", "galore"]),
+    ],
+)
+def test_optimizers_whose_package_is_not_installed(package, changes, words, tmp_path, tiny_run, capsys):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    message = failure([*tiny_run, "--do_train", *changes], tmp_path / "out", capsys)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed(tmp_path, tiny_run, run_python):
+    # In a process of its own: Transformers remembers a configuration, even if it cannot be made.
+    argv = [*tiny_run, "--do_train", "--deepspeed=x.json"]
+    check_command_line(run_python, "run_clm.py", argv, tmp_path / "out", ["not installed", "deepspeed"])
 
 
 def test_output_folder_that_is_a_file(tmp_path, tiny_run, capsys):
@@ -120,6 +158,8 @@ def test_nothing_to_do_and_missing_split(tmp_path, tiny_run, capsys):
     assert "do_train" in failure(tiny_run, tmp_path / "out", capsys)
     argv = [argument for argument in tiny_run if "--test_file" not in argument]
     assert "no test data" in failure([*argv, "--do_predict"], tmp_path / "out", capsys)
+    message = failure([*tiny_run, "--do_eval", "--push_to_hub"], tmp_path / "out", capsys)
+    assert "push_to_hub needs do_train" in message and "publish.py" in message
 
 
 def test_placeholder_without_unknown_token(tmp_path, tiny_run, tokenizer_folder, capsys):
