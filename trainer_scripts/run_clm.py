@@ -42,6 +42,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,18 @@ def check_causality(model: PreTrainedModel, length: int) -> None:
         raise UserError(f"{type(model).__name__} is not causal: its predictions depend on the tokens they predict")
 
 
+def check_label_smoothing(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """
+    Raises:
+        UserError: if labels would be smoothed that the Trainer does not shift.
+    """
+    if args.label_smoothing_factor and type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UserError(
+            f"label_smoothing_factor={args.label_smoothing_factor} must be 0 for {type(model).__name__}: the Trainer"
+            " does not know it as a causal language model, and would have each token predict itself"
+        )
+
+
 @exits_on_user_error
 def main(argv: list[str] | None = None) -> None:
     start = time.time()
@@ -121,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         blocks = load_blocks(texts, splits, tokenizer, block_size, data_args)
     place(model, training_args)
     check_causality(model, min(block_size, 8))
+    check_label_smoothing(model, training_args)
     use_cache = getattr(model.config, "use_cache", None)
     logger.info("%s with %.2fM parameters", type(model).__name__, model.num_parameters() / 1e6)
     logger.info("Blocks of %d tokens: %s", block_size, {split: len(rows) for split, rows in blocks.items()})

@@ -19,7 +19,7 @@ from checkpoints import RunLog, write_json
 from models import ModelArguments, load_config, load_model, load_tokenizer
 from positions import beyond_positions, mean_by_distance, position_limit
 from recall_data import NO_LABEL, RecallArguments, Sequences, build_tokenizer, check_held_out, load_sequences
-from run_clm import check_causality
+from run_clm import check_causality, check_label_smoothing
 from torch.nn import functional as F
 from training import (
     RunTrainer,
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if reason := beyond_positions(data_args.length, position_limit(model)):
         raise UserError(f"length={data_args.length} is too long for {type(model).__name__}: {reason}")
     check_causality(model, min(data_args.length, 8))
+    check_label_smoothing(model, training_args)
     use_cache = getattr(model.config, "use_cache", None)
     logger.info("%s with %.3fM parameters", type(model).__name__, model.num_parameters() / 1e6)
 

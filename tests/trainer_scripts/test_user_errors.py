@@ -7,6 +7,7 @@ import datasets
 import pytest
 import run_clm
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def failure(argv, output_dir, capsys, main=run_clm.main):
@@ -146,6 +147,14 @@ def test_encoder_is_not_trained_as_a_causal_model(model_type, sizes, name, tmp_p
     encoder = [f"--model_type={model_type}", f"--config_overrides={json.dumps(sizes)}"]
     message = failure([*argv, "--do_train", *encoder], tmp_path / "out", capsys)
     assert f"{name} is not causal" in message
+
+
+def test_labels_are_not_smoothed_that_the_trainer_does_not_shift(tmp_path, tiny_run, capsys, monkeypatch):
+    # Models that other packages register are not in the Trainer's list.
+    monkeypatch.delitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "grassmann")
+    argv = [*tiny_run, "--do_train", "--label_smoothing_factor=0.1"]
+    message = failure(argv, tmp_path / "out", capsys)
+    assert "label_smoothing_factor=0.1 must be 0 for GrassmannForCausalLM" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in bfloat16")
