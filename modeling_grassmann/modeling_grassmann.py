@@ -279,22 +279,22 @@ class GrassmannModel(GrassmannPreTrainedModel):
             ValueError: if the model cannot decode a batch with this state.
         """
         if not self.config.is_causal:
-            raise ValueError("`past_key_values` needs `is_causal=True`: a token here also depends on those after it.")
+            raise ValueError(f"`{CACHE_NAME}` needs `is_causal=True`: a token here also depends on those after it.")
         layer_types = [getattr(layer, "_layer_type", None) for layer in past_key_values.layers]
         if layer_types != self.config.layer_types:
             raise ValueError(
-                f"`past_key_values` must hold {len(self.layers)} layers of this model's kind, got {past_key_values}. "
+                f"`{CACHE_NAME}` must hold {len(self.layers)} layers of this model's kind, got {past_key_values}. "
                 "Make it from the model's configuration, as in `DynamicCache(config=model.config)`."
             )
         state = past_key_values.layers[0]
         if state.is_initialized and state.batch_size != batch_size:
             raise ValueError(
-                f"`past_key_values` holds a state of {state.batch_size} rows, but the batch has {batch_size}. Decode "
+                f"`{CACHE_NAME}` holds a state of {state.batch_size} rows, but the batch has {batch_size}. Decode "
                 "each batch with a cache of its own, or call the cache's `reset` before the next."
             )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "`past_key_values` cannot be used with gradient checkpointing in training: layers run again in the "
+                f"`{CACHE_NAME}` cannot be used with gradient checkpointing in training: layers run again in the "
                 "backward pass, on a state that has moved on. Leave one of them away."
             )
 
@@ -315,12 +315,13 @@ class GrassmannModel(GrassmannPreTrainedModel):
             new_mask = new_tokens_mask(attention_mask, past_key_values, length)
             position_ids = (new_mask.long().cumsum(-1) - 1).clamp(min=0)
         if past_key_values is not None:
-            seen = past_key_values.layers[0].cumulative_length.to(device)
+            seen = past_key_values.layers[0].cumulative_length
             position_ids = position_ids + past_key_values.layers[0].next_positions()
             if total > length:
-                # Adapters put tokens of their own before new ones, and before a mask that is of new ones alone.
+                # Not so where an adapter has put columns for tokens of its own before a mask of the new ones alone.
+                covers_all = seen.to(device) + length <= total
                 counted = new_tokens_mask(attention_mask.long().cumsum(-1) - 1, past_key_values, length)
-                position_ids = torch.where(seen + length <= total, counted.clamp(min=0), position_ids)
+                position_ids = torch.where(covers_all, counted.clamp(min=0), position_ids)
             # Reading the count waits for the device: not without a table that it could run past.
             if self.embed_positions is not None and not torch.compiler.is_compiling():
                 total = max(total, int(seen) + length)
@@ -359,7 +360,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
         ):
             raise ValueError(
                 f"`attention_mask` must have one column for each of the {length} tokens, and may have more only for "
-                f"those in `past_key_values`. Got shape {tuple(attention_mask.shape)}."
+                f"those in `{CACHE_NAME}`. Got shape {tuple(attention_mask.shape)}."
             )
 
         cu_seqlens = kwargs.get("cu_seq_lens_q")

@@ -424,7 +424,7 @@ def test_a_state_of_another_batch_is_refused_by_message(make_cache, make_model, 
 
 def test_a_state_made_for_another_model_is_refused_by_message(make_model, make_ids):
     # Without a configuration, Transformers makes an attention cache.
-    with pytest.raises(ValueError, match=r"`past_key_values`.*config"):
+    with pytest.raises(ValueError, match=rf"`{CACHE_NAME}`.*config"):
         make_model()(make_ids(2, 5), past_key_values=DynamicCache())
 
 

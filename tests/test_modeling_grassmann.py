@@ -22,6 +22,7 @@ from transformers import (
 
 import modeling_grassmann
 from modeling_grassmann import GrassmannForCausalLM, GrassmannForSequenceClassification, GrassmannModel
+from modeling_grassmann.cache_grassmann import CACHE_NAME
 
 
 MODEL_CLASSES = {
@@ -269,7 +270,7 @@ def test_a_bidirectional_model_refuses_what_needs_causality(make_config, make_mo
         GrassmannForCausalLM(make_config(is_causal=False))
     cache = make_model()(make_ids(1, 3)).past_key_values
     model = make_model(GrassmannModel, is_causal=False)
-    with pytest.raises(ValueError, match="`past_key_values` needs `is_causal=True`"):
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` needs `is_causal=True`"):
         model(make_ids(1, 3), past_key_values=cache)
     assert model(make_ids(1, 3), use_cache=True).past_key_values is None
 
@@ -441,7 +442,7 @@ def test_gradient_checkpointing_refuses_a_state_where_layers_would_run_on_it_twi
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     model.train()
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="`past_key_values` cannot be used with gradient checkpointing"):
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` cannot be used with gradient checkpointing"):
         model(ids, labels=ids, past_key_values=DynamicCache(config=model.config))
     # Without gradients nothing runs twice: samples may be drawn between steps.
     generated = model.generate(
