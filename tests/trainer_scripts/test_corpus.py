@@ -1,3 +1,6 @@
+import hashlib
+import inspect
+
 import pytest
 from arguments import UserError
 from corpus import documentation, load_stdlib_docs, split_of, train_tokenizer
@@ -9,21 +12,17 @@ def corpus():
     return load_stdlib_docs()
 
 
-FINGERPRINT = """
-import hashlib
-from corpus import load_stdlib_docs, train_tokenizer
-
-corpus = load_stdlib_docs()
-texts = [text for split in ("train", "validation") for text in corpus[split]["text"]]
-vocabulary = train_tokenizer(corpus["train"]["text"], 400).backend_tokenizer.to_str()
-fingerprint = hashlib.sha256("\\0".join([*texts, vocabulary]).encode()).hexdigest()
-print(fingerprint)
-"""
+def fingerprint(corpus):
+    texts = [text for split in ("train", "validation") for text in corpus[split]["text"]]
+    vocabulary = train_tokenizer(corpus["train"]["text"], 400).backend_tokenizer.to_str()
+    return hashlib.sha256("\0".join([*texts, vocabulary]).encode()).hexdigest()
 
 
-def test_corpus_and_tokenizer_are_the_same_in_every_process(run_python):
-    outputs = [run_python("-c", FINGERPRINT) for _ in range(2)]
-    assert outputs[0].stdout == outputs[1].stdout != "", outputs[0].stderr
+def test_corpus_and_tokenizer_are_the_same_in_every_process(corpus, run_python):
+    program = "import hashlib\nfrom corpus import load_stdlib_docs, train_tokenizer\n"
+    program += f"{inspect.getsource(fingerprint)}\nprint(fingerprint(load_stdlib_docs()))"
+    other = run_python("-c", program)
+    assert other.stdout.strip() == fingerprint(corpus), other.stderr
 
 
 def test_splits_are_disjoint_and_one_tenth_is_validation(corpus):

@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+import quickstart_nli
 import yaml
 from conftest import REPOSITORY
 
@@ -24,13 +25,15 @@ def test_an_untrained_model_fails_and_still_shows_what_it_says(tmp_path, run_pyt
     assert len(re.findall(r"(entailment|neutral|contradiction); said: ", check.stdout)) == 6
 
 
-def test_a_folder_without_a_run_and_a_run_without_a_test_are_refused(tmp_path, run_python):
-    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
-    assert check.returncode == 2 and "recipe.yaml: train a model there with run_nli.py first" in check.stderr
+def test_a_folder_without_a_run_and_a_run_without_a_test_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        quickstart_nli.main([str(tmp_path)])
+    assert "recipe.yaml: train a model there with run_nli.py first" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text("")
     (tmp_path / "metrics.json").write_text("{}")
-    check = run_python("trainer_scripts/quickstart_nli.py", tmp_path)
-    assert check.returncode == 2 and "train with do_predict" in check.stderr
+    with pytest.raises(SystemExit, match="2"):
+        quickstart_nli.main([str(tmp_path)])
+    assert "train with do_predict" in capsys.readouterr().err
 
 
 @pytest.mark.slow
