@@ -16,7 +16,7 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             # RoBERTa and its relatives count positions from the one after that of padding.
-            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+            positions = min(positions, module.weight.shape[0] - module.padding_idx - 1)
     return positions
 
 

@@ -281,17 +281,21 @@ def check_optimizer(trainer: Trainer) -> None:
     for x in trainer.model.parameters():
         copies[id(x)] = nn.Parameter(x.detach().to("meta"), x.requires_grad)
     model = copy.deepcopy(trainer.model, copies)
-    # Of all packages that make them, each has errors of its own.
+    of = f"optim={args.optim.value}"
     try:
         optimizer = trainer.create_optimizer(model)
-    except Exception as error:
-        raise UserError(f"cannot set up optim={args.optim.value}: {error}") from error
-    try:
+        of = f"lr_scheduler_type={args.lr_scheduler_type.value}"
+        if args.lr_scheduler_kwargs:
+            of += f" with lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
         trainer.create_scheduler(max(args.max_steps, 1), optimizer)
+    except RuntimeError:
+        # Perhaps for want of the weights: with them, the training will tell.
+        logger.info("Whether %s can be set up shows when the training starts", of)
     except Exception as error:
-        kwargs = f" with lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
-        raise UserError(f"cannot set up lr_scheduler_type={args.lr_scheduler_type.value}{kwargs}: {error}") from error
-    trainer.optimizer = trainer.lr_scheduler = None
+        # Of all packages that make them, each has errors of its own.
+        raise UserError(f"cannot set up {of}: {error}") from error
+    finally:
+        trainer.optimizer = trainer.lr_scheduler = None
 
 
 def write_recipe(trainer: Trainer, argument_types: tuple[type, ...], argv: list[str] | None) -> None:

@@ -228,7 +228,7 @@ class HookedTrainer(RunTrainer):
         return super().create_optimizer(model)
 
 
-def test_an_optimizer_that_is_made_to_try_it_leaves_no_trace(tmp_path):
+def test_an_optimizer_that_is_made_to_try_it_leaves_no_trace(tmp_path, monkeypatch):
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20}
     model = AutoModelForCausalLM.from_config(GPT2Config(**sizes))
     args = TrainingArguments(str(tmp_path / "out"), do_train=True, use_cpu=True, report_to="none")
@@ -237,6 +237,12 @@ def test_an_optimizer_that_is_made_to_try_it_leaves_no_trace(tmp_path):
     check_optimizer(trainer)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.optimizer is None and trainer.lr_scheduler is None
+
+    # Some may want to see weights.
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *args, **kwargs: torch.empty(1, device="meta").item())
+    check_optimizer(trainer)
+    assert trainer.optimizer is None
+    monkeypatch.undo()
 
     trainer = HookedTrainer(model, args)
     check_optimizer(trainer)
