@@ -400,11 +400,11 @@ def test_a_length_that_was_asked_for_does_not_change(make_cache, make_model, mak
 
 
 @pytest.mark.parametrize("model_class", [GrassmannModel, GrassmannForCausalLM, GrassmannForSequenceClassification])
-def test_a_state_may_be_given_by_either_of_its_names(model_class, make_cache, make_model, make_ids, flavour):
-    model, ids = make_model(model_class, **flavour), make_ids(2, 9)
+def test_a_state_may_be_given_by_either_of_its_names(model_class, make_model, make_ids):
+    model, ids = make_model(model_class), make_ids(2, 9)
     outputs = []
     for name in ("past_key_values", "cache"):
-        cache = make_cache(model.config)
+        cache = DynamicCache(config=model.config)
         model(ids[:, :5], **{name: cache})
         output = model(ids[:, 5:], **{name: cache})
         assert cache.get_seq_length() == 9 and output[CACHE_NAME] is cache

@@ -2,6 +2,8 @@ import json
 import re
 
 import pytest
+import run_clm
+from conftest import REPOSITORY
 
 
 RECIPE = "configuration/quickstart/stdlib_docs.yaml"
@@ -9,8 +11,7 @@ RECIPE = "configuration/quickstart/stdlib_docs.yaml"
 
 def test_a_model_that_does_not_beat_the_bigram_fails_and_still_writes(tmp_path, run_python):
     limits = ["--max_train_samples=16", "--max_eval_samples=4", "--num_train_epochs=1", "--report_to=none"]
-    training = run_python("trainer_scripts/run_clm.py", RECIPE, *limits, f"--output_dir={tmp_path}")
-    assert training.returncode == 0, training.stderr
+    run_clm.main([str(REPOSITORY / RECIPE), *limits, "--use_cpu", f"--output_dir={tmp_path}"])
     check = run_python("trainer_scripts/quickstart.py", tmp_path)
     assert check.returncode == 1
     assert "does not beat the bigram" in check.stdout
