@@ -24,7 +24,7 @@ except ImportError:
 
 # What a decoding state is called among a model's arguments and outputs: the second name came with Transformers 5.24.
 CACHE_NAMES = ("past_key_values", "cache")
-CACHE_NAME = CACHE_NAMES[CACHE_NAMES[1] in BaseModelOutputWithPast.__dataclass_fields__]
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class StateCacheLayer(CacheLayerMixin):

@@ -820,8 +820,8 @@ def grassmann_memory_chunked(
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     segments, last = None, None
     if positions is not None:
-        last = last_position(initial_state, values)
-        real, starts, last = sequence_starts(positions.expand(values.shape[:2]), last)
+        positions = positions.expand(values.shape[:2])
+        real, starts, last = sequence_starts(positions, last_position(initial_state, values))
         number = prefix_sums(starts.int())
         segments = torch.where(real, number, -1 - number)
         (log_decay,) = keep(real & ~starts, log_decay)

@@ -299,7 +299,12 @@ class GrassmannModel(GrassmannPreTrainedModel):
             )
 
     def derive_position_ids(
-        self, attention_mask: torch.Tensor | None, past_key_values: Cache | None, length: int, device: torch.device
+        self,
+        attention_mask: torch.Tensor | None,
+        new_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        length: int,
+        device: torch.device,
     ) -> torch.Tensor:
         """
         Position of each of the `length` new tokens among the real tokens of its row, `(B, T)` or `(1, T)`: counted
@@ -312,7 +317,6 @@ class GrassmannModel(GrassmannPreTrainedModel):
         if attention_mask is None:
             position_ids = torch.arange(length, device=device)[None]
         else:
-            new_mask = new_tokens_mask(attention_mask, past_key_values, length)
             position_ids = (new_mask.long().cumsum(-1) - 1).clamp(min=0)
         if past_key_values is not None:
             seen = past_key_values.layers[0].cumulative_length
@@ -363,6 +367,10 @@ class GrassmannModel(GrassmannPreTrainedModel):
                 f"those in `{CACHE_NAME}`. Got shape {tuple(attention_mask.shape)}."
             )
 
+        new_mask = None
+        if attention_mask is not None:
+            new_mask = new_tokens_mask(attention_mask, past_key_values, length)
+
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch_size, "cu_seq_lens_q")
@@ -376,7 +384,8 @@ class GrassmannModel(GrassmannPreTrainedModel):
             position_ids = positions_from_cu_seqlens(cu_seqlens, length)
             self.check_length(kwargs.get("max_length_q") or 0, position_ids)
         elif position_ids is None:
-            position_ids = self.derive_position_ids(attention_mask, past_key_values, length, inputs_embeds.device)
+            device = inputs_embeds.device
+            position_ids = self.derive_position_ids(attention_mask, new_mask, past_key_values, length, device)
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -388,8 +397,7 @@ class GrassmannModel(GrassmannPreTrainedModel):
         positions = position_ids.expand(batch_size, length)
         if cu_seqlens is not None:
             positions = separate_sequences(positions, cu_seqlens)
-        if attention_mask is not None:
-            new_mask = new_tokens_mask(attention_mask, past_key_values, length)
+        if new_mask is not None:
             positions = positions.masked_fill(new_mask == 0, NO_POSITION)
         if past_key_values is not None and "memory" in self.config.layer_mixers:
             whole_rows = is_plain_prompt(positions, past_key_values)
