@@ -146,7 +146,7 @@ class Record:
             else:
                 fields["model_type"] = self.recipe.get("model_type")
         model_type = fields.pop("model_type", None)
-        if self.recipe.get("import_packages"):
+        if self.recipe.get("import_packages") and not str(model_type).startswith("grassmann"):
             # A type of another package: what its file says, whether or not the package is there.
             config = PreTrainedConfig(**fields)
             config.model_type = model_type

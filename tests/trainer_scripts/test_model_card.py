@@ -256,6 +256,13 @@ def test_a_card_claims_no_length_that_the_files_do_not_tell(run):
     assert "takes no text" not in section(make_card(load_record(run)), "Limits")
 
 
+def test_a_card_of_a_grassmann_model_whose_recipe_imports_another_package_too(run):
+    card = content(make_card(load_record(run)))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(f"{recipe}import_packages: [other]\n")
+    assert content(make_card(load_record(run))).splitlines()[:12] == card.splitlines()[:12]
+
+
 def test_the_command_writes_the_cards_and_names_a_folder_that_is_no_run(run, tmp_path, capsys):
     main([str(run)])
     assert (run / "README.md").read_text(encoding="utf-8") == content(make_card(load_record(run)))
