@@ -135,7 +135,8 @@ def capture(function: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         results = function()
 
-    def replay(results=results) -> None:  # `results` lives as long as the graph that writes to it.
+    # What the graph reads and writes lives as long as the graph, the function's own tensors among it.
+    def replay(function=function, results=results) -> None:
         graph.replay()
 
     return replay

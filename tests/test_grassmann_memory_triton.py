@@ -315,8 +315,10 @@ def test_frames_of_any_type_may_begin_anywhere_in_memory(kernel, dtype):
         memory = leaf.new_empty(leaf.numel() + 1, dtype=dtype)
         frames.append(memory[1:].view_as(leaf).copy_(leaf.detach()).requires_grad_())
     actual = outputs_and_gradients([*frames, *inputs[2:]], kernel=kernel)
+    # On a GPU, code for other addresses may round otherwise.
+    tolerance = 1e-6 if inputs[0].is_cuda and dtype == torch.float32 else 0
     for name, a, b in zip(NAMES, actual, expected):
-        assert torch.equal(a, b.to(a.dtype)), name
+        assert (a.double() - b.to(a.dtype).double()).norm() <= tolerance * b.double().norm(), name
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=NAMES[1:])

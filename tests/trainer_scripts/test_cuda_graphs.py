@@ -25,17 +25,18 @@ def losses(folder) -> list[float]:
 def test_replayed_steps_train_as_eager_ones_do(model, compiled, tiny_run, tmp_path):
     """Over three epochs, whose last batches have another shape, with an evaluation after each.
 
-    At a small learning rate: planes of tiny models are steep, and differences by rounding grow from step to step.
+    At a small learning rate: planes of tiny models are steep, and differences by rounding grow from step to step. With
+    ten times this one, a change of weights by 1e-7 of them becomes one of losses by 1e-3.
     """
     arguments = [argument for argument in tiny_run if argument != "--use_cpu" and "config_overrides" not in argument]
     arguments += [NO_DROPOUT % MODELS[model], "--do_train", "--do_eval", "--eval_strategy=epoch", "--logging_steps=1"]
-    arguments += ["--num_train_epochs=3", "--save_strategy=no", "--report_to=none", "--learning_rate=1e-4"]
+    arguments += ["--num_train_epochs=3", "--save_strategy=no", "--report_to=none", "--learning_rate=1e-5"]
     arguments += [f"--torch_compile={compiled}"]
     run_clm.main([*arguments, f"--output_dir={tmp_path / 'eager'}"])
     run_clm.main([*arguments, f"--output_dir={tmp_path / 'graphs'}", "--cuda_graphs"])
     expected, actual = (losses(tmp_path / name) for name in ("eager", "graphs"))
     assert len(expected) > 3 * WARMUP_STEPS
-    assert actual == pytest.approx(expected, rel=2e-3)
+    assert actual == pytest.approx(expected, rel=2e-4)
 
 
 @pytest.mark.gpu
