@@ -133,10 +133,12 @@ def _prepare(dataclass_types: Iterable[type], argv: list[str] | None) -> tuple["
     if flags and not flags[0].startswith("-"):
         parser.recipe, *flags = flags
         parser.overridden = {flag.partition("=")[0] for flag in flags}
-        replaced = set()
+        replaced = {}
         for dataclass_type in dataclass_types:
             for name, others in getattr(dataclass_type, "REPLACES", {}).items():
-                replaced.update(others if f"--{name}" in parser.overridden else ())
+                replaced.update(dict.fromkeys(others, name) if f"--{name}" in parser.overridden else {})
+        # A flag of its own overrides the recipe anyway.
+        replaced = {name: flag for name, flag in replaced.items() if f"--{name}" not in parser.overridden}
         # Of repeated flags the last one holds.
         flags = _recipe_to_flags(parser.recipe, hints, replaced) + flags
     return parser, hints, flags
@@ -190,7 +192,8 @@ def _accepts(hint: Any, container: type) -> bool:
     return container in (hint, get_origin(hint)) or any(_accepts(member, container) for member in get_args(hint))
 
 
-def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: set[str]) -> list[str]:
+def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: dict[str, str]) -> list[str]:
+    """The recipe without the keys of `replaced`, whose values are the flags in their place."""
     recipe = read_yaml(path, "recipe")
 
     flags = []
@@ -200,7 +203,12 @@ def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: set[str]) -> li
         for container in (list, dict):
             if isinstance(value, container) and not _accepts(hints[name], container):
                 raise UserError(f"{path}: {name} takes a single value, not a {container.__name__}: {value}")
-        if value is None or name in replaced:
+        if value is None:
+            continue
+        if name in replaced:
+            # Another source shows what it is instead of; what was changed in it would be missed in silence.
+            if isinstance(value, dict):
+                _warn_once(f"{path}: --{replaced[name]} also takes the place of {name}: {json.dumps(value)}")
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -237,3 +245,8 @@ def local_copy(name: str, config_name: str | None = None) -> str | None:
 @functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

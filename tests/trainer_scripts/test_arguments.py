@@ -20,6 +20,17 @@ def parse_run_clm(*argv):
     return parse(run_clm.ARGUMENTS, [str(value) for value in argv])
 
 
+def test_fields_of_the_recipes_model_that_a_flag_leaves_out_are_named(recipe, caplog):
+    recipe.write_text("config_name: a\nconfig_overrides: {dropout: 0.2}\n")
+    assert parse_run_clm(recipe, "--config_name=b")[0].config_overrides is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert all(part in message for part in (str(recipe), "--config_name", 'config_overrides: {"dropout": 0.2}'))
+    caplog.clear()
+    assert parse_run_clm(recipe, "--config_name=b", '--config_overrides={"n_embd": 8}')[0].config_overrides
+    assert parse_run_clm(recipe, "--seed=7")[0].config_overrides == {"dropout": 0.2}
+    assert not caplog.records
+
+
 def test_flags_override_the_recipe_and_the_rest_stands(recipe):
     model, _, training, _ = parse_run_clm(recipe, "--learning_rate", "1e-3", "--seed=7", "--config_overrides={}")
     assert (training.learning_rate, training.seed, training.do_eval, model.model_type) == (1e-3, 7, True, "gpt2")
