@@ -26,7 +26,7 @@ from positions import beyond_positions, mean_by_distance, position_limit
 from records import environment
 from report_by_position import write_report
 from run_clm import METRICS, check_causality
-from run_records import new_figure
+from run_records import new_figure, parse_json, read
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_texts, tokenize
 from torch.nn import functional as F
 from training import check_training_arguments, make_trainer, place, setup_logging
@@ -139,6 +139,13 @@ def source_name(args: DataArguments, split: str) -> str:
     return os.path.basename(file) if file else " ".join(filter(None, [args.dataset_name, args.dataset_config_name]))
 
 
+def training_facts(name: str) -> dict[str, Any]:
+    """Seed and commit of the training, where the folder of the model is that of a run."""
+    path = Path(name) / "metrics.json"
+    metrics = parse_json(read(path), str(path)) if path.is_file() else {}
+    return {key: metrics[key] for key in ("seed", "git_commit") if key in metrics}
+
+
 def evaluate(
     name: str,
     tokens: np.ndarray,
@@ -183,7 +190,13 @@ def evaluate(
         block = {"block_size": block_size, **summarise(trainer.predict(rows))}
         logger.info("%s in blocks of %d: perplexity %.2f", name, block_size, block["perplexity"])
         blocks.append(block)
-    return {"name": args.name(name), "parameters": model.num_parameters(), "position_limit": limit, "blocks": blocks}
+    return {
+        "name": args.name(name),
+        "training": training_facts(name),
+        "parameters": model.num_parameters(),
+        "position_limit": limit,
+        "blocks": blocks,
+    }
 
 
 @exits_on_user_error

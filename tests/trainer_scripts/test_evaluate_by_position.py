@@ -65,6 +65,7 @@ def saved(tmp_path_factory, tokenizer_folder):
     for name, folder in folders.items():
         make_model(name, len(tokenizer)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    (folders["memory"] / "metrics.json").write_text('{"eval_loss": 1.0, "seed": 3, "git_commit": "abc"}')
     return folders
 
 
@@ -84,6 +85,12 @@ def find_block(folder, name, block_size):
     record = json.loads((folder / "by_position.json").read_text())
     model = next(model for model in record["models"] if model["name"] == name)
     return next(block for block in model["blocks"] if block["block_size"] == block_size)
+
+
+def test_an_evaluation_names_the_training_of_each_model(evaluated):
+    models = json.loads((evaluated / "by_position.json").read_text())["models"]
+    trainings = {model["name"]: model["training"] for model in models}
+    assert trainings == {name: {} for name in MODELS} | {"memory": {"seed": 3, "git_commit": "abc"}}
 
 
 def token_losses(folder, path, block_size):
