@@ -341,7 +341,8 @@ class MemoryCacheLayer(StateCacheLayer):
         )
         self.keys.copy_(state.memory)
         self.values.copy_(state.position)
-        self.last.copy_(positions[:, -1:])
+        if positions.shape[1] > 0:
+            self.last.copy_(positions[:, -1:])
         self.cumulative_length.add_(value_states.shape[1])
         return output, self.keys
 

@@ -491,6 +491,13 @@ def last_position(state: MemoryState | None, values: torch.Tensor) -> torch.Tens
     return torch.full(values.shape[:1], NO_POSITION, device=values.device)
 
 
+def new_state(query: torch.Tensor, values: torch.Tensor, kernel: str) -> MemoryState:
+    """The state before any token, for arguments of [`grassmann_memory`]."""
+    shape = (values.shape[0], values.shape[2], KERNELS[kernel].num_features(query.shape[-1]), values.shape[3])
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return MemoryState(values.new_zeros(shape, dtype=dtype), last_position(None, values))
+
+
 def following_positions(last: torch.Tensor, length: int) -> torch.Tensor:
     """Positions of `length` tokens that go on behind the `last` ones: `(B,)` -> `(B, T)`."""
     return torch.where(last == NO_POSITION, 0, last + 1)[:, None] + torch.arange(length, device=last.device)
@@ -598,11 +605,8 @@ def grassmann_memory_recurrent(
     positions = following_positions(last, values.shape[1]) if positions is None else positions.expand(values.shape[:2])
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
-    if initial_state is not None:
-        memory = initial_state.memory.to(values.dtype)
-    else:
-        num_features = KERNELS[kernel].num_features(query.shape[-1])
-        memory = values.new_zeros(values.shape[0], values.shape[2], num_features, values.shape[3])
+    state = new_state(query, values, kernel) if initial_state is None else initial_state
+    memory = state.memory.to(values.dtype)
     outputs = []
     with without_autocast(values.device):
         reading, writing = kernel_features(torch.stack([query, key]), kernel)  # (B, T, H, F)
@@ -797,6 +801,9 @@ def grassmann_memory(
         ValueError: for an unknown kernel, or shapes that do not fit together.
     """
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
+    if values.shape[1] == 0:
+        state = new_state(query, values, kernel) if initial_state is None else initial_state
+        return values, state if output_final_state else None
     backend = choose_memory_backend(backend, values, kernel, query.shape[-1])
     if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
         output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)

@@ -322,6 +322,17 @@ def test_packed_sequences_may_be_longer_together_than_the_position_table(make_mo
     torch.testing.assert_close(logits.view(3, 12, -1), model(ids.view(3, 12)).logits)
 
 
+def test_rows_of_no_tokens_have_no_logits_and_change_no_state(make_model, make_ids, flavour):
+    model, ids, none = make_model(**flavour), make_ids(2, 9), make_ids(2, 0)
+    outputs = model(none, use_cache=True)
+    assert outputs.logits.shape == (2, 0, model.config.vocab_size)
+    logits = []
+    for tokens in (ids[:, :4], none, ids[:, 4:5], none, ids[:, 5:]):
+        outputs = model(tokens, past_key_values=outputs.past_key_values)
+        logits.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits)
+
+
 def test_a_model_without_positions_takes_any_length_and_does_not_see_where_it_is(make_model, make_ids):
     model, ids = make_model(max_position_embeddings=None), make_ids(1, 300)
     # The offsets 1, 2 and 4 reach seven tokens back.
