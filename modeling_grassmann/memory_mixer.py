@@ -13,8 +13,12 @@ from .grassmann_memory import KERNELS, choose_memory_backend, grassmann_memory, 
 from .plucker import NO_POSITION, are_plain, asked_backend, choose_backend, positions_with_boundaries
 
 
-# Numbers of one vector for each head, and products of two, up to which a warp of the fused step holds all of them.
-MAX_STEP_SIZE, MAX_STEP_PRODUCTS = 1024, 4096
+try:
+    from .memory_step_triton import holds_all_heads
+except ImportError:
+    holds_all_heads = None
+
+
 # Weights up to which compiled code joins a layer's projections for each token: reading them takes as long as a launch.
 MAX_JOINED_NUMBERS = 2**21
 # A floor of 0.05 under the length of what is read, before softplus.
@@ -245,10 +249,7 @@ class MemoryMixer(nn.Module):
         if values.shape[1] != 1 or torch.is_grad_enabled() or KERNELS[self.kernel].square is None:
             return False
         backend = choose_memory_backend(self.backend, values, self.kernel, self.reduced_size)
-        # Blocks of Triton are powers of two.
-        heads, r = (1 << (size - 1).bit_length() for size in (self.num_heads, self.reduced_size))
-        fits = heads * r <= MAX_STEP_SIZE and (self.num_vectors == 1 or heads * r * r <= MAX_STEP_PRODUCTS)
-        return backend == "triton" and fits
+        return backend == "triton" and holds_all_heads(self.num_heads, self.num_vectors, self.reduced_size)
 
     def forward(
         self,

@@ -30,6 +30,8 @@ except ImportError:
 
 # Programs that have a multiprocessor of a large GPU each.
 MAX_WAITING = 128
+# Numbers of one vector for each head, and products of two, up to which a warp holds all of them.
+MAX_VECTORS, MAX_PRODUCTS = 1024, 4096
 # How much of the feature before goes into one of the overlapping features.
 OVERLAPPING = tl.constexpr(3**-0.5)
 NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -184,6 +186,13 @@ def state_options(num_states: int, num_features: int, value_size: int) -> dict[s
             # Each waits for memory as few times as possible.
             return {"BLOCK": min(triton.next_power_of_2(num_features), 1024), "BLOCK_V": channels, "num_warps": 8}
     return {"BLOCK": 256, "BLOCK_V": 32, "num_warps": 4}
+
+
+def holds_all_heads(num_heads: int, num_vectors: int, reduced_size: int) -> bool:
+    """Whether [`memory_step`] takes frames of `num_vectors` vectors in R^reduced_size, one for each head."""
+    # Blocks of Triton are powers of two.
+    heads, size = (1 << (number - 1).bit_length() for number in (num_heads, reduced_size))
+    return heads * size <= MAX_VECTORS and (num_vectors == 1 or heads * size * size <= MAX_PRODUCTS)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::memory_step", mutates_args=("memory", "position", "tail", "tail_positions"))

@@ -132,8 +132,8 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
     found = checkpoints(args.output_dir)
     if not args.do_train:
-        # A run that was interrupted has checkpoints and no metrics.
-        if found or os.path.exists(os.path.join(args.output_dir, "metrics.json")):
+        # A run that was interrupted has no metrics, and before its first checkpoint nothing but a log.
+        if found or any(os.path.exists(os.path.join(args.output_dir, name)) for name in ("metrics.json", "log.jsonl")):
             raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
         return None
     resume = str(args.resume_from_checkpoint or "false")

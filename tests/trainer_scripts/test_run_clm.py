@@ -127,16 +127,18 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
 
 def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, tmp_path, capsys):
     argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
-    # One that was interrupted has no metrics yet.
+    # One that was interrupted has no metrics yet, and early on no checkpoint.
     interrupted = shutil.copytree(trained, tmp_path / "interrupted")
     (interrupted / "metrics.json").unlink()
+    early = shutil.copytree(interrupted, tmp_path / "early", ignore=shutil.ignore_patterns("checkpoint-*"))
     records = [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")]
-    for folder in (trained, interrupted):
+    for folder in (trained, interrupted, early):
         with pytest.raises(SystemExit) as exit:
             run_clm.main([*argv, "--use_cpu", f"--output_dir={folder}"])
         assert exit.value.code == 2
         assert f"output_dir={folder} holds the record of another run" in capsys.readouterr().err
-    assert [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
+    for folder in (interrupted, early):
+        assert [(folder / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
 
 
 @pytest.mark.parametrize(("keep_last", "lengths"), [(False, [4, 4]), (True, [4, 4, 3])])
