@@ -192,7 +192,7 @@ def test_chunks_and_sequences_meet():
     assert_close(actual, reference(inputs, anew), inputs)
 
 
-@settings(max_examples=60 if ON_GPU else 8, deadline=None)
+@settings(max_examples=60 if ON_GPU else 6, deadline=None)
 @given(st.data())
 def test_any_problem_gives_the_sum_in_output_and_every_gradient(data):
     length, kernel = data.draw(st.integers(1, 150)), data.draw(st.sampled_from(list(KERNELS)))
@@ -240,7 +240,7 @@ def test_without_decay_it_is_a_plain_sum_and_with_all_decay_only_the_token_itsel
 
 
 def test_no_token_sees_the_future():
-    inputs = [leaf.detach() for leaf in make_inputs(length=150, decay=0.01)]
+    inputs = [leaf.detach() for leaf in make_inputs(length=150, batch=1, decay=0.01)]
     expected = kernels.memory_pairs_triton(*inputs, None, "binet_cauchy", 150)
     for t in (0, 15, 63, 64, 140):
         other = [torch.cat([leaf[:, : t + 1], leaf[:, t + 1 :].flip(1)], dim=1) for leaf in inputs]
@@ -376,10 +376,11 @@ def detached(value, requires_grad):
 @pytest.mark.parametrize("kernel, dtype", [("binet_cauchy", torch.float32), ("inner", torch.float16)], ids=str)
 def test_operators_keep_what_they_promise_to_pytorch(kernel, dtype):
     """Schema, registration of the gradient, shapes on fake tensors, and what becomes of them under compilation."""
-    inputs = make_inputs(kernel, length=9, heads=1, dtype=dtype)
-    positions = torch.tensor([packed_positions(5, 4), packed_positions(-2, 7)]) if kernel == "inner" else None
+    # Every check computes both again, which takes the interpreter long.
+    inputs = make_inputs(kernel, length=5, batch=1, heads=1, dtype=dtype)
+    positions = torch.tensor([packed_positions(-1, 2, 2)]) if kernel == "inner" else None
     with CustomOperators() as operators:
-        outputs_and_gradients(inputs, positions, kernel, chunk_size=4)
+        outputs_and_gradients(inputs, positions, kernel, chunk_size=5 if kernel == "inner" else 3)
     assert len(operators.calls) == 2, "one in each direction"
     for (operator, args), differentiable in zip(operators.calls, [True, False]):
         opcheck(operator, tuple(detached(value, differentiable) for value in args))
