@@ -273,7 +273,7 @@ def table(record: dict[str, Any]) -> str:
     for key, models in ratio_rows(record["rows"], ("size", "batch_size", "context", "form")):
         size, batch_size, context, form = key
         times = [or_dash(lambda row: f"{row['median_ms']:.3f}", models.get(name)) for name in MODELS]
-        target = TARGETS.get((context, batch_size)) if form == "compiled" else None
+        target = TARGETS.get((context, batch_size)) if form != "plain" else None
         state = [f"{row['state_bytes'] / 2**20:.3f}" if "state_bytes" in row else "—" for row in by_model(models)]
         cells = [size, str(batch_size), f"{context:,}", form]
         goal = f"{target:g}x" if target else ""
@@ -282,10 +282,10 @@ def table(record: dict[str, Any]) -> str:
             calls = [prefill_cell(row, batch_size) for row in by_model(models)]
             prefill.append([*cells[:3], *calls, ratio(models, "prefill_ns_per_token")])
     sections = [markdown(decoding, left=1)]
-    for (size, batch_size), spread in flatness(record).items():
+    for (size, batch_size, form), spread in flatness(record).items():
         sections.append(
-            f"{size}, batch {batch_size}: the slowest context takes the Grassmann model {spread:.2f} times as long a "
-            "token as the fastest."
+            f"{size}, batch {batch_size}, {form}: the slowest context takes the Grassmann model {spread:.2f} times as "
+            "long a token as the fastest."
         )
     if len(prefill) > 1:
         sections.append(markdown(prefill, left=1))
@@ -329,12 +329,12 @@ def prefill_cell(row: dict[str, Any], batch_size: int) -> str:
     return f"{row['prefill_ms']:.1f}" + (f" (batch {part})" if part != batch_size else "")
 
 
-def flatness(record: dict[str, Any]) -> dict[tuple[str, int], float]:
-    """(size, batch size) -> longest time a token over the shortest, among the contexts of the compiled model."""
+def flatness(record: dict[str, Any]) -> dict[tuple[str, int, str], float]:
+    """(size, batch size, form) -> longest time a token over the shortest, among contexts, except in plain calls."""
     times = {}
     for row in record["rows"]:
-        if row["model"] == "grassmann" and row["form"] == "compiled" and "failed" not in row:
-            times.setdefault((row["size"], row["batch_size"]), []).append(row["median_ms"])
+        if row["model"] == "grassmann" and row["form"] != "plain" and "failed" not in row:
+            times.setdefault((row["size"], row["batch_size"], row["form"]), []).append(row["median_ms"])
     return {key: max(values) / min(values) for key, values in times.items() if len(values) > 1}
 
 

@@ -57,8 +57,7 @@ SECTIONS = [
         "and 65,536 of `13M-memory`, six heads of planes in R^10 and planes in R^16 were timed with earlier\n"
         "kernels.\n\n"
         "A row of up to 16,384 tokens is read by pairs of tokens, but those that a head has forgotten: decays are\n"
-        "as they are initialised. A longer one is read in chunks, through states; with those, and earlier\n"
-        "kernels, the preset's rows of 16,384 trained as fast as Llama's.\n\n"
+        "as they are initialised. A longer one is read in chunks, through states.\n\n"
         "In plain calls, which take the most memory, a step of 16 rows of 4,096 tokens peaks at 6.6 GiB with the\n"
         "preset and at 6.0 with Llama, one of a row of 65,536 at 7.8 and 6.0.",
     ),
@@ -68,8 +67,8 @@ SECTIONS = [
         "python benchmarks/generation.py --output generation.json --plot generation.png",
         "Greedy decoding in bfloat16, against a Llama of as many parameters with a static cache. Rows `graph` are\n"
         "the GPU's time: one CUDA graph of a step is replayed, as servers do. Rows `compiled` are what `generate`\n"
-        "runs: CUDA graphs behind checks in Python, for which a GPU that is done in 0.2 ms waits. The hosts of the\n"
-        "records of models with memories needed 6 to 11 ms for a token in plain calls.\n\n"
+        "runs: CUDA graphs behind checks in Python, for which a GPU that is done in 0.2 ms waits. Where the\n"
+        "records of models with memories have plain calls, a token takes 6 to 12 ms in them.\n\n"
         "The Grassmann model's step does the same work on the same state at every context. The state of\n"
         "`13M-memory` has 1.48 MiB a sequence in float32, that of `13M-memory-r10-3heads` 3.63, Llama's 24 at 4,096\n"
         "tokens. The target was to be ahead from 4,096 tokens on.\n\n"
@@ -81,7 +80,7 @@ SECTIONS = [
         "the preset and 0.32 to 0.69 with Llama, 0.89, 0.90 and 1.02 times as fast after 4,096, 8,192 and 65,536\n"
         "tokens. 64 sequences are decoded 1.21 and 2.36 times as fast by the preset after 4,096 and 8,192 tokens,\n"
         "and by `13M-memory` 1.02 times after 4,096 and, in a record of an earlier commit that ends in `slow_host`,\n"
-        "2.57 and 16.7 times after 8,192 and 65,536.\n\n"
+        "2.57 and 16.6 times after 8,192 and 65,536.\n\n"
         "In plain calls a token takes the preset up to 10% longer than Llama. A prompt of one sequence takes it 2 to\n"
         "3 times as long up to 8,192 tokens, and 0.7 times with 65,536; prompts of 64 sequences 0.4 to 0.9 times.",
     ),

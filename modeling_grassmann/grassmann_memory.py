@@ -573,6 +573,8 @@ def check_arguments(query, key, values, log_decay, positions, initial_state, ker
 def grassmann_memory_naive(query, key, values, log_decay, positions=None, kernel="binet_cauchy") -> torch.Tensor:
     """[`grassmann_memory`] as the sum is written, quadratic in length and without features: the reference."""
     check_arguments(query, key, values, log_decay, positions, None, kernel)
+    if values.shape[1] == 0:
+        return values
     last = last_position(None, values)
     positions = following_positions(last, values.shape[1]) if positions is None else positions.expand(values.shape[:2])
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
@@ -618,7 +620,8 @@ def grassmann_memory_recurrent(
             written = writing[:, t, :, :, None] * values[:, t, :, None]  # (B, H, F, dv)
             memory = written.addcmul_(factor[..., None, None], memory)
             outputs.append((reading[:, t, :, None] @ memory)[:, :, 0])  # (B, H, dv)
-    return torch.stack(outputs, dim=1).to(dtype), MemoryState(memory, last)
+    output = torch.stack(outputs, dim=1).to(dtype) if outputs else values
+    return output, MemoryState(memory, last)
 
 
 @torch.no_grad()

@@ -260,6 +260,11 @@ def test_evaluations_equal_the_sum_in_outputs_and_every_gradient(kernel, length)
         assert_all_close(outputs_and_gradients(evaluate, inputs, kernel=kernel), expected)
 
 
+def test_rows_of_no_tokens_are_read_as_such():
+    for evaluate in (naive, *EVALUATIONS.values()):
+        assert evaluate(*make_inputs(length=0)).shape == (2, 0, 2, 3)
+
+
 def test_naive_is_the_sum_written_out():
     query, key, values, log_decay = make_inputs(length=6, batch=1, heads=1)
     actual = naive(query, key, values, log_decay)[0, :, 0]

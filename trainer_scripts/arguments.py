@@ -206,8 +206,8 @@ def _recipe_to_flags(path: str, hints: dict[str, Any], replaced: dict[str, str])
         if value is None:
             continue
         if name in replaced:
-            # Another source shows what it is instead of; what was changed in it would be missed in silence.
-            if isinstance(value, dict):
+            # Of another new model, what the recipe changes in its own would be missed in silence.
+            if isinstance(value, dict) and replaced[name] != "model_name_or_path":
                 _warn_once(f"{path}: --{replaced[name]} also takes the place of {name}: {json.dumps(value)}")
             continue
         if isinstance(value, list):
@@ -249,4 +249,5 @@ def _log_once(message: str) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    logger.warning(message)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning(message)

@@ -165,6 +165,7 @@ def evaluate(
     Raises:
         UserError: if the model cannot be loaded or is not causal.
     """
+    facts = {"name": args.name(name), "training": training_facts(name)}
     model_args = ModelArguments(model_name_or_path=name, trust_remote_code=args.trust_remote_code)
     model = load_model(model_args, AutoModelForCausalLM, load_config(model_args, tokenizer))
     # A state for further tokens would only take memory.
@@ -190,13 +191,7 @@ def evaluate(
         block = {"block_size": block_size, **summarise(trainer.predict(rows))}
         logger.info("%s in blocks of %d: perplexity %.2f", name, block_size, block["perplexity"])
         blocks.append(block)
-    return {
-        "name": args.name(name),
-        "training": training_facts(name),
-        "parameters": model.num_parameters(),
-        "position_limit": limit,
-        "blocks": blocks,
-    }
+    return facts | {"parameters": model.num_parameters(), "position_limit": limit, "blocks": blocks}
 
 
 @exits_on_user_error

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import transformers
 import yaml
-from arguments import UserError, resolve
+from arguments import UserError, read_yaml, resolve
 from checkpoints import (
     KeepBest,
     best_checkpoint,
@@ -132,8 +132,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
     found = checkpoints(args.output_dir)
     if not args.do_train:
-        # A run that was interrupted has no metrics, and before its first checkpoint nothing but a log.
-        if found or any(os.path.exists(os.path.join(args.output_dir, name)) for name in ("metrics.json", "log.jsonl")):
+        # A training that was interrupted has no metrics, and before its first checkpoint only its recipe. So has an
+        # evaluation, which may be begun anew.
+        recipe = os.path.join(args.output_dir, "recipe.yaml")
+        trained = os.path.exists(recipe) and read_yaml(recipe, "recipe").get("do_train")
+        if found or trained or os.path.exists(os.path.join(args.output_dir, "metrics.json")):
             raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
         return None
     resume = str(args.resume_from_checkpoint or "false")

@@ -26,6 +26,8 @@ def test_fields_of_the_recipes_model_that_a_flag_leaves_out_are_named(recipe, ca
     (message,) = [record.getMessage() for record in caplog.records]
     assert all(part in message for part in (str(recipe), "--config_name", 'config_overrides: {"dropout": 0.2}'))
     caplog.clear()
+    # A saved model has its fields with it.
+    assert parse_run_clm(recipe, "--model_name_or_path=b")[0].config_overrides is None
     assert parse_run_clm(recipe, "--config_name=b", '--config_overrides={"n_embd": 8}')[0].config_overrides
     assert parse_run_clm(recipe, "--seed=7")[0].config_overrides == {"dropout": 0.2}
     assert not caplog.records

@@ -117,6 +117,9 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
     argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
     options = ["--block_size=16", "--per_device_eval_batch_size=3", "--use_cpu", "--report_to=none"]
     run_clm.main([*argv, *options, f"--output_dir={tmp_path / 'eval'}"])
+    # One that was interrupted before its metrics may be begun anew.
+    (tmp_path / "eval" / "metrics.json").unlink()
+    run_clm.main([*argv, *options, f"--output_dir={tmp_path / 'eval'}"])
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, tmp_path / "eval"))
     assert after["eval_perplexity"] == pytest.approx(before["eval_perplexity"], rel=1e-6)
     assert "train_loss" not in after
@@ -127,18 +130,21 @@ def test_evaluation_alone_gives_the_same_perplexity(trained, text_files, tmp_pat
 
 def test_evaluation_into_the_folder_of_a_run_is_refused(trained, text_files, tmp_path, capsys):
     argv = [f"--model_name_or_path={trained}", f"--validation_file={text_files['validation']}", "--do_eval"]
-    # One that was interrupted has no metrics yet, and early on no checkpoint.
+    # One that was interrupted has no metrics yet, and early on nothing but a recipe.
     interrupted = shutil.copytree(trained, tmp_path / "interrupted")
     (interrupted / "metrics.json").unlink()
-    early = shutil.copytree(interrupted, tmp_path / "early", ignore=shutil.ignore_patterns("checkpoint-*"))
+    early = tmp_path / "early"
+    early.mkdir()
+    shutil.copy(interrupted / "recipe.yaml", early)
     records = [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")]
     for folder in (trained, interrupted, early):
         with pytest.raises(SystemExit) as exit:
             run_clm.main([*argv, "--use_cpu", f"--output_dir={folder}"])
         assert exit.value.code == 2
         assert f"output_dir={folder} holds the record of another run" in capsys.readouterr().err
-    for folder in (interrupted, early):
-        assert [(folder / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
+    assert [(interrupted / name).read_text() for name in ("recipe.yaml", "log.jsonl")] == records
+    assert [path.name for path in early.iterdir()] == ["recipe.yaml"]
+    assert (early / "recipe.yaml").read_text() == records[0]
 
 
 @pytest.mark.parametrize(("keep_last", "lengths"), [(False, [4, 4]), (True, [4, 4, 3])])
