@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
-from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory
+from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory, new_state
 from .plucker import NO_POSITION
 
 
@@ -256,17 +257,13 @@ class MemoryCacheLayer(StateCacheLayer):
         super().__init__()
         self.recorded, self.recorded_tail = [], []
 
-    def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, kernel: str, backend: str
-    ) -> None:
-        batch_size, _, num_heads, value_size = value_states.shape
-        self.dtype, self.kernel, self.backend = torch.promote_types(value_states.dtype, torch.float32), kernel, backend
-        num_features = KERNELS[kernel].num_features(key_states.shape[-1])
-        state_shape = (batch_size, num_heads, num_features, value_size)
-        self.renew("keys", value_states.new_zeros(state_shape, dtype=self.dtype))
-        self.renew("values", torch.full((batch_size,), NO_POSITION, device=value_states.device))
-        self.renew("last", self.values[:, None].clone())
-        self.mark_initialized(value_states.device)
+    def lazy_initialization(self, state: MemoryState, last: torch.Tensor, kernel: str, backend: str) -> None:
+        self.dtype, self.kernel, self.backend = state.memory.dtype, kernel, backend
+        # What gradients go back to must not change with the state.
+        self.renew("keys", state.memory.clone() if state.memory.requires_grad else state.memory.contiguous())
+        self.renew("values", state.position.clone())
+        self.renew("last", last.clone())
+        self.mark_initialized(state.memory.device)
 
     def with_past(
         self, key_states: torch.Tensor, positions: torch.Tensor | None, window: int
@@ -286,22 +283,27 @@ class MemoryCacheLayer(StateCacheLayer):
         Raises:
             ValueError: without positions, if the state has seen tokens.
         """
-        batch_size, length, size = key_states.shape
+        batch_size, length, _ = key_states.shape
         given = positions is not None
         if not given and self.is_initialized:
             raise ValueError("`positions` are needed behind the tokens that `past_key_values` has seen.")
         positions = (positions if given else first_positions(key_states)).expand(batch_size, length)
-        if not self.is_initialized:
-            self.renew("tail", key_states.new_zeros(batch_size, window, size))
-            self.renew("tail_positions", positions.new_full((batch_size, window), NO_POSITION))
-        both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
+        if self.is_initialized:
+            both = torch.cat([self.tail, key_states], dim=1), torch.cat([self.tail_positions, positions], dim=1)
+        else:
+            both = F.pad(key_states, (0, 0, window, 0)), F.pad(positions, (window, 0), value=NO_POSITION)
         if self.record_past:
             # From the window before the first recorded token on.
             recorded = self.recorded_tail
             new = (key_states, positions)
             self.recorded_tail = [torch.cat(pair, dim=1) for pair in zip(recorded, new)] if recorded else list(both)
-        self.tail.copy_(both[0][:, length:])
-        self.tail_positions.copy_(both[1][:, length:])
+        tails = tuple(tensor[:, length:] for tensor in both)  # the last `window` tokens
+        if self.is_initialized:
+            self.tail.copy_(tails[0])
+            self.tail_positions.copy_(tails[1])
+        else:
+            self.renew("tail", tails[0].clone())
+            self.renew("tail_positions", tails[1].clone())
         return both if given else (both[0], None)
 
     def update(
@@ -321,27 +323,27 @@ class MemoryCacheLayer(StateCacheLayer):
         Returns:
             What was read, `(B, T, H, dv)`, and the new state.
         """
-        is_first = not self.is_initialized
-        if is_first:
-            self.lazy_initialization(key_states, value_states, kernel, backend)
-        given = positions
-        if given is None:
-            positions = first_positions(value_states).expand(value_states.shape[:2])
-        state = MemoryState(self.keys, self.values)
-        if torch.is_grad_enabled() or (self.record_past and not self.recorded):
-            # What gradients and tokens that are taken back go back to must not change with the state.
-            state = MemoryState(self.keys.clone(), self.values.clone())
+        given, state = positions, None
+        positions = (first_positions(value_states) if given is None else given).expand(value_states.shape[:2])
+        if self.is_initialized:
+            state = MemoryState(self.keys, self.values)
+            if torch.is_grad_enabled() or (self.record_past and not self.recorded):
+                # What gradients and tokens that are taken back go back to must not change with the state.
+                state = MemoryState(self.keys.clone(), self.values.clone())
         if self.record_past:
             if not self.recorded:
-                self.before_recorded, self.last_before = state, self.last.clone()
+                self.before_recorded = new_state(query, value_states, kernel) if state is None else state
+                self.last_before = self.before_recorded.position[:, None] if state is None else self.last.clone()
             self.recorded.append((key_states, value_states, log_decay, positions))
-        state = None if is_first else state
         output, state = grassmann_memory(
             query, key_states, value_states, log_decay, given, state, kernel, output_final_state=True, backend=backend
         )
-        self.keys.copy_(state.memory)
-        self.values.copy_(state.position)
-        if positions.shape[1] > 0:
+        if not self.is_initialized:
+            last = positions[:, -1:] if positions.shape[1] > 0 else state.position[:, None]
+            self.lazy_initialization(state, last, kernel, backend)
+        elif positions.shape[1] > 0:
+            self.keys.copy_(state.memory)
+            self.values.copy_(state.position)
             self.last.copy_(positions[:, -1:])
         self.cumulative_length.add_(value_states.shape[1])
         return output, self.keys

@@ -100,7 +100,7 @@ def convolve(vectors: torch.Tensor, positions: torch.Tensor | None, weight: torc
             # Padding is further away.
             follows = positions[:, reach:] - positions[:, tokens] == distance
             earlier = torch.where(follows[..., None], earlier, 0)
-        result = result + earlier * weight[distance]
+        result = torch.addcmul(result, earlier, weight[distance])
     return result
 
 
