@@ -11,7 +11,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
-from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory, new_state
+from .grassmann_memory import KERNELS, MemoryState, feature_entries, grassmann_memory, state_before
 from .plucker import NO_POSITION
 
 
@@ -332,7 +332,7 @@ class MemoryCacheLayer(StateCacheLayer):
                 state = MemoryState(self.keys.clone(), self.values.clone())
         if self.record_past:
             if not self.recorded:
-                self.before_recorded = new_state(query, value_states, kernel) if state is None else state
+                self.before_recorded = state_before(state, query, value_states, kernel)
                 self.last_before = self.before_recorded.position[:, None] if state is None else self.last.clone()
             self.recorded.append((key_states, value_states, log_decay, positions))
         output, state = grassmann_memory(

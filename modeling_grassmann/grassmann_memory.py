@@ -491,8 +491,10 @@ def last_position(state: MemoryState | None, values: torch.Tensor) -> torch.Tens
     return torch.full(values.shape[:1], NO_POSITION, device=values.device)
 
 
-def new_state(query: torch.Tensor, values: torch.Tensor, kernel: str) -> MemoryState:
-    """The state before any token, for arguments of [`grassmann_memory`]."""
+def state_before(state: MemoryState | None, query: torch.Tensor, values: torch.Tensor, kernel: str) -> MemoryState:
+    """The initial state of [`grassmann_memory`], whose arguments these are: zeros before any token."""
+    if state is not None:
+        return state
     shape = (values.shape[0], values.shape[2], KERNELS[kernel].num_features(query.shape[-1]), values.shape[3])
     dtype = torch.promote_types(values.dtype, torch.float32)
     return MemoryState(values.new_zeros(shape, dtype=dtype), last_position(None, values))
@@ -603,11 +605,11 @@ def grassmann_memory_recurrent(
 ) -> tuple[torch.Tensor, MemoryState]:
     """[`grassmann_memory`] token by token, `S_t = a_t S_{t-1} + φ(K_t) v_tᵀ`: the decoding step for one token."""
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
-    dtype, last = values.dtype, last_position(initial_state, values)
+    dtype, state = values.dtype, state_before(initial_state, query, values, kernel)
+    last = state.position
     positions = following_positions(last, values.shape[1]) if positions is None else positions.expand(values.shape[:2])
     query, key, values, log_decay = in_one_precision(query, key, values, log_decay)
     query, key, values, log_decay = keep(positions != NO_POSITION, query, key, values, log_decay)
-    state = new_state(query, values, kernel) if initial_state is None else initial_state
     memory = state.memory.to(values.dtype)
     outputs = []
     with without_autocast(values.device):
@@ -805,8 +807,7 @@ def grassmann_memory(
     """
     check_arguments(query, key, values, log_decay, positions, initial_state, kernel)
     if values.shape[1] == 0:
-        state = new_state(query, values, kernel) if initial_state is None else initial_state
-        return values, state if output_final_state else None
+        return values, state_before(initial_state, query, values, kernel) if output_final_state else None
     backend = choose_memory_backend(backend, values, kernel, query.shape[-1])
     if values.shape[1] == 1 and chunk_size is None and initial_state is not None:
         output, state = grassmann_memory_recurrent(query, key, values, log_decay, positions, initial_state, kernel)

@@ -21,12 +21,13 @@ from arguments import UserError, exits_on_user_error, parse
 from checkpoints import write_json
 from data_files import check_split
 from metrics import Perplexity
+from model_card import read_object
 from models import ModelArguments, import_all, load_config, load_model, load_tokenizer
 from positions import beyond_positions, mean_by_distance, position_limit
 from records import environment
 from report_by_position import write_report
 from run_clm import METRICS, check_causality
-from run_records import new_figure, parse_json, read
+from run_records import new_figure
 from text_data import BlockCollator, DataArguments, cut_into_blocks, load_texts, tokenize
 from torch.nn import functional as F
 from training import check_training_arguments, make_trainer, place, setup_logging
@@ -141,8 +142,7 @@ def source_name(args: DataArguments, split: str) -> str:
 
 def training_facts(name: str) -> dict[str, Any]:
     """Seed and commit of the training, where the folder of the model is that of a run."""
-    path = Path(name) / "metrics.json"
-    metrics = parse_json(read(path), str(path)) if path.is_file() else {}
+    metrics = read_object(Path(name) / "metrics.json")
     return {key: metrics[key] for key in ("seed", "git_commit") if key in metrics}
 
 

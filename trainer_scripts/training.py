@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import transformers
 import yaml
-from arguments import UserError, read_yaml, resolve
+from arguments import UserError, resolve
 from checkpoints import (
     KeepBest,
     best_checkpoint,
@@ -134,8 +134,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if not args.do_train:
         # A training that was interrupted has no metrics, and before its first checkpoint only its recipe. So has an
         # evaluation, which may be begun anew.
-        recipe = os.path.join(args.output_dir, "recipe.yaml")
-        trained = os.path.exists(recipe) and read_yaml(recipe, "recipe").get("do_train")
+        trained = read_mapping(Path(args.output_dir) / "recipe.yaml").get("do_train")
         if found or trained or os.path.exists(os.path.join(args.output_dir, "metrics.json")):
             raise UserError(f"output_dir={args.output_dir} holds the record of another run: choose another output_dir")
         return None
